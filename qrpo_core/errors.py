@@ -1,15 +1,15 @@
 """One family of errors; every one names the value, the place and the remedy.
 
-    QRPOError
-    ├── ConfigError       an experiment that cannot be meant: unknown key, value out of range
-    ├── DataError         a prompt source: missing file, unreadable row, empty, contradictory references
-    ├── ModelError        a policy: no weights, no tokenizer, no chat template
-    ├── EngineError       sampling or log-probabilities failed
-    ├── ObjectiveError    numbers the objective refuses: NaN rewards, a convention without its normaliser
-    └── StoreError        the artifact store
-        ├── MissingError      nothing under that key
-        ├── AccessError       the store answered "not allowed" (never read as "absent")
-        └── DamagedError      content and digest disagree
+QRPOError
+├── ConfigError       an experiment that cannot be meant: unknown key, value out of range
+├── DataError         a prompt source: missing file, unreadable row, empty, contradictory references
+├── ModelError        a policy: no weights, no tokenizer, no chat template
+├── EngineError       sampling or log-probabilities failed
+├── ObjectiveError    numbers the objective refuses: NaN rewards, a convention without its normaliser
+└── StoreError        the artifact store
+    ├── MissingError      nothing under that key
+    ├── AccessError       the store answered "not allowed" (never read as "absent")
+    └── DamagedError      content and digest disagree
 """
 
 from __future__ import annotations

@@ -1,0 +1,80 @@
+"""Canonical JSON, digests, prompt ids and seeds: the only caller of a hash function.
+
+Everything that is named by content or by recipe gets its name here, so that one reading
+of these few functions settles what "the same" means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+#: Hex characters of a shortened digest: 128 bits, no collision at any size this project can reach.
+ID_LENGTH = 32
+
+_CHUNK = 1 << 20
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for one value: keys sorted, no spaces, UTF-8 kept, NaN and infinity refused.
+
+    Raises ValueError for NaN or infinity and TypeError for what JSON cannot hold.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_bytes(data: bytes) -> str:
+    """sha256 of the bytes, 64 hex characters."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """The id of a JSON value: first 32 hex characters of sha256 over its canonical form."""
+    return digest_bytes(canonical_json(value).encode())[:ID_LENGTH]
+
+
+def digest_file(path: Path | str) -> str:
+    """sha256 of a local file, 64 hex characters, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
+    """Name a prompt by its whole conversation, system turns included.
+
+    Equal conversations are one prompt wherever they stand in a data set.
+    """
+    return digest_json([{"role": m["role"], "content": m["content"]} for m in messages])
+
+
+def sample_seed(seed: int, prompt: str, sample_index: int) -> int:
+    """The seed of one sample, an unsigned 64-bit integer.
+
+    A function of (seed, prompt_id, sample_index) alone, so a sample does not depend on the
+    block, batch, shard or budget it was drawn in.
+    """
+    return _uint64(f"sample|{seed}|{prompt}|{sample_index}")
+
+
+def tie_seed(prompt: str, sample_index: int) -> int:
+    """The seed with which `randomized` quantiles break a sample's ties (unsigned 64 bits)."""
+    return _uint64(f"tie|{prompt}|{sample_index}")
+
+
+def split_fraction(prompt: str, seed: int = 0) -> float:
+    """A number in [0, 1) that depends on the prompt alone; the held-out split compares it to a share.
+
+    Hashing (not row order) keeps every prompt on its side when others are added or removed.
+    """
+    return _uint64(f"split|{seed}|{prompt}") / math.ldexp(1.0, 64)
+
+
+def _uint64(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,129 @@
+"""The tables: one Arrow schema each. Every stage checks its input against them.
+
+Rows are joined by (prompt_id, sample_index), never by row order.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from qrpo_core.errors import DataError
+
+MESSAGES = pa.list_(
+    pa.struct([pa.field("role", pa.string(), False), pa.field("content", pa.string(), False)])
+)
+
+
+def _field(name: str, kind: pa.DataType, about: str, *, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"about": about})
+
+
+PROMPTS = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "first 32 hex of sha256 over canonical JSON of the messages"),
+        _field("messages", MESSAGES, "the whole conversation, system turns included"),
+        _field("reference", pa.string(), "JSON that the verifier checks against", nullable=True),
+        _field("reference_digest", pa.string(), "digest of `reference`; empty without one"),
+        _field("source", pa.string(), "where the row came from: file and line, task and index"),
+        _field("split", pa.string(), "train or held_out, by hash of prompt_id"),
+    ]
+)
+
+OFFLINE = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt that is answered"),
+        _field("sample_index", pa.int32(), "0, 1, ... in the order of the source row"),
+        _field("text", pa.string(), "the completion, undecorated"),
+        _field("label", pa.string(), "chosen or rejected"),
+    ]
+)
+
+COMPLETIONS = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt that is answered"),
+        _field("sample_index", pa.int32(), "0-based; with prompt_id the row's identity"),
+        _field("seed", pa.uint64(), "function of (seed, prompt_id, sample_index)"),
+        _field("token_ids", pa.list_(pa.int32()), "completion tokens, end token included when it was drawn"),
+        _field("text", pa.string(), "decoded without special tokens"),
+        _field("finish_reason", pa.string(), "stop (an end token was drawn) or length (cut by the limit)"),
+        _field("num_tokens", pa.int32(), "len(token_ids)"),
+        _field("logprob", pa.float64(), "sum of log-probs under the sampler, nats", nullable=True),
+        _field("engine", pa.string(), "which engine drew the row"),
+    ]
+)
+
+REWARDS = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt that is answered"),
+        _field("sample_index", pa.int32(), "the completion that is scored"),
+        _field("reference_digest", pa.string(), "what it was checked against; empty without a reference"),
+        _field("reward", pa.float64(), "null unless status is ok", nullable=True),
+        _field("status", pa.string(), "ok, timeout, sandbox_error, parse_error, too_long, endpoint_error"),
+        _field("detail", pa.string(), "why a row is not ok; empty otherwise"),
+    ]
+)
+
+LOGPROBS = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt that is answered"),
+        _field("sample_index", pa.int32(), "the completion"),
+        _field("logprob", pa.float64(), "sum over completion tokens, computed in float32, nats"),
+        _field("num_tokens", pa.int32(), "completion tokens in the sum, end token included"),
+    ]
+)
+
+RANK_COUNTS = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt"),
+        _field("sample_index", pa.int32(), "the training completion"),
+        _field("reward", pa.float64(), "its reward"),
+        _field("below", pa.int64(), "references with a smaller reward"),
+        _field("equal", pa.int64(), "references with an equal reward, itself left out"),
+        _field("n", pa.int64(), "references compared with, itself left out"),
+        _field("in_pool", pa.bool_(), "whether the completion is itself a reference"),
+    ]
+)
+
+REFERENCE_REWARDS = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt"),
+        _field("rewards", pa.list_(pa.float64()), "sorted rewards of its reference completions"),
+    ]
+)
+
+TRAINING_SET = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt"),
+        _field("sample_index", pa.int32(), "the completion"),
+        _field("prompt_token_ids", pa.list_(pa.int32()), "chat template applied, generation prompt included"),
+        _field("token_ids", pa.list_(pa.int32()), "completion tokens; all of them are in the loss"),
+        *[RANK_COUNTS.field(name) for name in ("reward", "below", "equal", "n", "in_pool")],
+        _field("ref_logprob", pa.float64(), "log pi_ref of the completion, nats"),
+    ]
+)
+
+STATUSES = ("ok", "timeout", "sandbox_error", "parse_error", "too_long", "endpoint_error")
+
+
+def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    """Cast a table to its schema; a missing column, a wrong type or a forbidden null is a DataError.
+
+    The message names the column and, for a null, the first row that has one.
+    """
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"missing column {missing[0]!r}", where=where, remedy=f"columns are {', '.join(schema.names)}"
+        )
+    table = table.select(schema.names)
+    for field in schema:
+        column = table.column(field.name)
+        if not field.nullable and column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise DataError(
+                f"column {field.name!r} is null in row {row}", where=where, remedy="fill or drop that row"
+            )
+    try:
+        return table.cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise DataError(f"a column has the wrong type: {error}", where=where) from None
