@@ -1,0 +1,220 @@
+"""The three steps whose rows are planned: samples, rewards, log-probs.
+
+Each is a value with a recipe, the rows it is asked for, and one function from a plan to a table. What is
+missing, how it is packed and when it is committed is the store's affair (`qrpo_core.store.blocks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from qrpo_core.config import recipe_fields
+from qrpo_core.engines.base import Progress, SampleRequest, SamplingParams, ScoreRequest
+from qrpo_core.ids import sample_seed
+from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
+from qrpo_core.rewards.base import RewardRequest
+from qrpo_core.rewards.registry import reward_identity
+from qrpo_core.steps import prompts as prompt_step
+from qrpo_core.steps.policies import Policy
+from qrpo_core.steps.workspace import Workspace
+from qrpo_core.store.blocks import BlockPlan
+from qrpo_core.store.recipe import Recipe
+
+SAMPLE_VERSION = 1
+REWARD_VERSION = 1
+LOGPROB_VERSION = 1
+
+
+def sample_recipe(workspace: Workspace, policy_digest: str) -> Recipe:
+    """Decided by the policy and the settings of the draw.
+
+    Which engine drew a row is a column, not part of the name; but the fake engine draws from no policy,
+    and its rows must never pass for a policy's.
+    """
+    experiment = workspace.experiment
+    config = recipe_fields(experiment.sampling) | {"dtype": experiment.model.dtype}
+    drawn_from = f"fake:{policy_digest}" if experiment.sampling.engine == "fake" else policy_digest
+    return Recipe("sample", SAMPLE_VERSION, config, {"policy": drawn_from})
+
+
+def reward_recipe(workspace: Workspace, completions: Recipe) -> Recipe:
+    """Decided by the scorer and the completions that it scores."""
+    config = reward_identity(workspace.experiment.reward)
+    return Recipe("reward", REWARD_VERSION, config, {"completions": completions.key})
+
+
+def logprob_recipe(workspace: Workspace, policy_digest: str, completions: Recipe) -> Recipe:
+    """Decided by the policy, its precision and the completions."""
+    config = {"precision": workspace.experiment.training.precision}
+    return Recipe(
+        "logprob", LOGPROB_VERSION, config, {"policy": policy_digest, "completions": completions.key}
+    )
+
+
+class BlockStep(Protocol):
+    """What planning, computing and committing need to know of a step."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def schema(self) -> pa.Schema: ...
+    @property
+    def wanted(self) -> dict[str, int]: ...
+    @property
+    def label(self) -> str: ...
+
+    def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
+        """The plan's rows, and facts to remember with the block."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleStep:
+    """Draw `count` completions of every prompt from a policy."""
+
+    workspace: Workspace
+    policy: Policy
+    prompts: pa.Table
+    count: int
+    label: str
+    schema = COMPLETIONS
+
+    @property
+    def recipe(self) -> Recipe:
+        return sample_recipe(self.workspace, self.policy.digest)
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        return prompt_step.wanted(self.prompts, self.count)
+
+    def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
+        settings = self.workspace.experiment.sampling
+        chat = self.workspace.chat(self.policy.directory)
+        engine = self.workspace.engine(self.policy.directory, kind=settings.engine)
+        messages = _messages(self.prompts)
+        tokens = {run.key: chat.prompt_token_ids(messages[run.key]) for run in plan.runs}
+        requests = [
+            SampleRequest(key, index, tokens[key], sample_seed(settings.seed, key, index))
+            for key, index in plan.pairs()
+        ]
+        params = SamplingParams(
+            settings.temperature, settings.top_p, settings.max_new_tokens, tuple(chat.stop_token_ids)
+        )
+        drawn = engine.sample(requests, params, progress)
+        table = pa.table(
+            {
+                "prompt_id": [c.prompt_id for c in drawn],
+                "sample_index": [c.sample_index for c in drawn],
+                "seed": pa.array([c.seed for c in drawn], pa.uint64()),
+                "token_ids": [list(c.token_ids) for c in drawn],
+                "text": [chat.decode(c.token_ids) for c in drawn],
+                "finish_reason": [c.finish_reason for c in drawn],
+                "num_tokens": [len(c.token_ids) for c in drawn],
+                "logprob": pa.array([c.logprob for c in drawn], pa.float64()),
+                "engine": [engine.name] * len(drawn),
+            }
+        )
+        tokens_drawn = sum(len(c.token_ids) for c in drawn)
+        return table, {"engine": engine.name, "exact": engine.exact, "tokens": tokens_drawn}
+
+
+@dataclass(frozen=True)
+class RewardStep:
+    """Score the completions of a sample step."""
+
+    samples: SampleStep
+    label: str
+    schema = REWARDS
+
+    @property
+    def recipe(self) -> Recipe:
+        return reward_recipe(self.samples.workspace, self.samples.recipe)
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        return prompt_step.wanted_rewards(self.samples.prompts, self.samples.count)
+
+    def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
+        workspace = self.samples.workspace
+        rows = {row["prompt_id"]: row for row in self.samples.prompts.to_pylist()}
+        pairs = [(key.partition(".")[0], index) for key, index in plan.pairs()]
+        completions = workspace.blocks.read_pairs(self.samples.recipe, pairs, COMPLETIONS)
+        requests = [
+            RewardRequest(
+                prompt,
+                index,
+                tuple((turn["role"], turn["content"]) for turn in rows[prompt]["messages"]),
+                text,
+                rows[prompt]["reference"],
+            )
+            for (prompt, index), text in zip(pairs, completions.column("text").to_pylist(), strict=True)
+        ]
+        scores = workspace.reward().score(requests, progress)
+        table = pa.table(
+            {
+                "prompt_id": [prompt for prompt, _ in pairs],
+                "sample_index": [index for _, index in pairs],
+                "reference_digest": [rows[prompt]["reference_digest"] for prompt, _ in pairs],
+                "reward": pa.array([score.reward for score in scores], pa.float64()),
+                "status": [score.status for score in scores],
+                "detail": [score.detail for score in scores],
+            }
+        )
+        return table, {}
+
+
+@dataclass(frozen=True)
+class LogprobStep:
+    """Log-probabilities of a sample step's completions under a policy, at the trainer's precision."""
+
+    samples: SampleStep
+    policy: Policy
+    label: str
+    schema = LOGPROBS
+
+    @property
+    def recipe(self) -> Recipe:
+        return logprob_recipe(self.samples.workspace, self.policy.digest, self.samples.recipe)
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        return self.samples.wanted
+
+    def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
+        workspace = self.samples.workspace
+        pairs = list(plan.pairs())
+        chat = workspace.chat(self.policy.directory)
+        engine = workspace.engine(
+            self.policy.directory,
+            kind="transformers",  # the trainer's own numerics, whichever engine drew the rows
+            precision=workspace.experiment.training.precision,
+        )
+        messages = _messages(self.samples.prompts)
+        prompts = {run.key: chat.prompt_token_ids(messages[run.key]) for run in plan.runs}
+        tokens = (
+            workspace.blocks.read_pairs(self.samples.recipe, pairs, COMPLETIONS)
+            .column("token_ids")
+            .to_pylist()
+        )
+        asked = [ScoreRequest(prompts[key], tuple(ids)) for (key, _), ids in zip(pairs, tokens, strict=True)]
+        table = pa.table(
+            {
+                "prompt_id": [key for key, _ in pairs],
+                "sample_index": [index for _, index in pairs],
+                "logprob": engine.logprobs(asked, progress),
+                "num_tokens": [len(ids) for ids in tokens],
+            }
+        )
+        return table, {
+            "engine": engine.name,
+            "tokens": sum(len(r.prompt_token_ids) + len(r.token_ids) for r in asked),
+        }
+
+
+def _messages(prompts: pa.Table) -> dict[str, list[dict[str, str]]]:
+    return dict(
+        zip(prompts.column("prompt_id").to_pylist(), prompts.column("messages").to_pylist(), strict=True)
+    )

@@ -1,0 +1,72 @@
+"""Policies: the reference that training starts from, and the trained one. Named by content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qrpo_core.ids import digest_json
+from qrpo_core.policy import ModelSource, materialise, policy_digest, resolve_model
+from qrpo_core.steps.workspace import Built, Workspace
+from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.recipe import Recipe
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that can be sampled from.
+
+    digest : of weights, config, tokenizer and chat template.
+    directory : where `from_pretrained` loads it from, on this machine.
+    """
+
+    digest: str
+    directory: Path
+
+
+def source_of(workspace: Workspace) -> ModelSource:
+    """What `model.path` names, checked without loading weights."""
+    return resolve_model(workspace.experiment.model)
+
+
+def recipe(workspace: Workspace, source: ModelSource) -> Recipe:
+    """The converted model, for sources that need converting (GGUF)."""
+    config = {"dtype": workspace.experiment.model.dtype}
+    return Recipe("model", VERSION, config, {"source": digest_json(source.identity)})
+
+
+def convert(workspace: Workspace, source: ModelSource) -> Manifest:
+    """Write the model once as safetensors with its tokenizer and template."""
+
+    def build(scratch: Path) -> Built:
+        folder = scratch / "policy"
+        materialise(source, workspace.experiment.model.dtype, folder)
+        return folder_files(folder), {"source": source.identity}
+
+    return workspace.make(recipe(workspace, source), build)
+
+
+def reference(workspace: Workspace, source: ModelSource) -> Policy | None:
+    """The reference policy, or None while its conversion is still to be done."""
+    if not source.needs_materialising:
+        return at(source.directory)
+    manifest = workspace.artifacts.find(recipe(workspace, source))
+    return None if manifest is None else stored(workspace, manifest)
+
+
+def stored(workspace: Workspace, manifest: Manifest) -> Policy:
+    """The policy of a model or train artifact."""
+    return at(workspace.artifacts.folder(manifest, "policy"))
+
+
+def at(directory: Path) -> Policy:
+    """The policy of a local directory."""
+    return Policy(policy_digest(directory), directory)
+
+
+def folder_files(folder: Path) -> dict[str, Path | bytes]:
+    """The files below a folder, named with the folder's own name first."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in files}

@@ -1,0 +1,75 @@
+"""Prompts: read, checked, merged, split; and what is asked of each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qrpo_core.config import recipe_fields
+from qrpo_core.data.sources import PromptSet, load_prompts, source_identity
+from qrpo_core.records import OFFLINE, PROMPTS
+from qrpo_core.steps.tables import to_bytes
+from qrpo_core.steps.workspace import Built, Workspace
+from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.blocks import row_key
+from qrpo_core.store.objects import s3_options
+from qrpo_core.store.recipe import Recipe
+
+VERSION = 1
+
+
+def recipe(workspace: Workspace) -> Recipe:
+    """Decided by the section and by the content of the source, not by where the source lies."""
+    config = workspace.experiment.prompts
+    fields = {name: value for name, value in recipe_fields(config).items() if name != "path"}
+    return Recipe(
+        "prompts", VERSION, fields | {"source": source_identity(config, storage_options(workspace))}
+    )
+
+
+def read(workspace: Workspace) -> PromptSet:
+    """Read the source; every problem is a DataError or ConfigError."""
+    return load_prompts(workspace.experiment.prompts, storage_options(workspace))
+
+
+def build(workspace: Workspace, asked: Recipe) -> Manifest:
+    """Read the source and commit the tables `prompts.parquet` and `offline.parquet`."""
+
+    def make(scratch: Path) -> Built:
+        found = read(workspace)
+        files: dict[str, Path | bytes] = {
+            "prompts.parquet": to_bytes(found.prompts, PROMPTS, "prompts"),
+            "offline.parquet": to_bytes(found.offline, OFFLINE, "offline completions"),
+        }
+        return files, {"counts": found.counts, "rows": len(found.prompts)}
+
+    return workspace.make(asked, make)
+
+
+def storage_options(workspace: Workspace) -> dict[str, Any]:
+    """Settings of s3fs for prompt files in S3: those of the store."""
+    return s3_options(workspace.experiment.store)
+
+
+def of_split(prompts: pa.Table, split: str) -> pa.Table:
+    """The prompts of one split, shortest conversation first, so that blocks hold prompts of like length."""
+    chosen = prompts.filter(pc.equal(prompts.column("split"), split))
+    sizes = [
+        sum(len(turn["content"]) for turn in messages) for messages in chosen.column("messages").to_pylist()
+    ]
+    chosen = chosen.append_column("size", pa.array(sizes, pa.int64()))
+    return chosen.sort_by([("size", "ascending"), ("prompt_id", "ascending")]).drop_columns("size")
+
+
+def wanted(prompts: pa.Table, count: int) -> dict[str, int]:
+    """`count` samples of every prompt."""
+    return dict.fromkeys(prompts.column("prompt_id").to_pylist(), count)
+
+
+def wanted_rewards(prompts: pa.Table, count: int) -> dict[str, int]:
+    """The rewards of those samples; a reward's identity includes what it was checked against."""
+    ids, digests = (prompts.column(name).to_pylist() for name in ("prompt_id", "reference_digest"))
+    return {row_key(prompt, digest): count for prompt, digest in zip(ids, digests, strict=True)}

@@ -1,0 +1,60 @@
+"""Training: from the training set to a policy in the store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qrpo_core.config import recipe_fields
+from qrpo_core.steps.policies import Policy, folder_files
+from qrpo_core.steps.training_set import derive
+from qrpo_core.steps.workspace import Built, Workspace
+from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qrpo_core.train.run import OnStep
+
+VERSION = 1
+
+
+def recipe(workspace: Workspace, training_set: Recipe, policy: Policy) -> Recipe:
+    """Decided by the training set, the policy, the objective and the optimisation."""
+    experiment = workspace.experiment
+    config = {
+        "objective": recipe_fields(experiment.objective),
+        "training": recipe_fields(experiment.training),
+        "dtype": experiment.model.dtype,
+    }
+    return Recipe("train", VERSION, config, {"training_set": training_set.key, "policy": policy.digest})
+
+
+def build(
+    workspace: Workspace, asked: Recipe, training_set: Manifest, policy: Policy, on_step: OnStep | None = None
+) -> Manifest:
+    """Commit `policy/` (a directory that from_pretrained loads), `history.json` and the diagnostics."""
+
+    def make(scratch: Path) -> Built:
+        from qrpo_core.train.card import model_card
+        from qrpo_core.train.run import train_policy
+
+        workspace.close()  # the engine's memory, before the trainer asks for its own
+        experiment = workspace.experiment
+        data = derive(workspace, training_set)
+        history = train_policy(
+            data.examples(),
+            policy.directory,
+            scratch / "policy",
+            model=experiment.model,
+            objective=experiment.objective,
+            training=experiment.training,
+            on_step=on_step,
+        )
+        (scratch / "policy" / "README.md").write_text(
+            model_card(experiment, asked, data.diagnostics), encoding="utf-8"
+        )
+        files = folder_files(scratch / "policy") | {"history.json": json.dumps(history).encode()}
+        return files, {"diagnostics": data.diagnostics, "steps": len(history), "rows": len(data.table)}
+
+    return workspace.make(asked, make)

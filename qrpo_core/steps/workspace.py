@@ -1,0 +1,86 @@
+"""An experiment beside its store: what every step works with."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrpo_core.config import Experiment
+from qrpo_core.store.artifacts import Artifacts, Manifest
+from qrpo_core.store.blocks import Blocks
+from qrpo_core.store.objects import open_objects
+from qrpo_core.store.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qrpo_core.data.chat import Chat
+    from qrpo_core.engines.base import Engine
+    from qrpo_core.rewards.base import Reward
+
+#: What a step hands over to be committed: files (name → local path or bytes) and facts to remember.
+Built = tuple[Mapping[str, Path | bytes], dict[str, Any]]
+
+
+class Workspace:
+    """One experiment, its store, and the loaded things that steps share (one engine at a time)."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.objects = open_objects(experiment.store)
+        self.artifacts = Artifacts(self.objects)
+        self.blocks = Blocks(self.objects)
+        self._chats: dict[Path, Chat] = {}
+        self._engine: tuple[tuple[Any, ...], Engine] | None = None
+        self._reward: Reward | None = None
+
+    def make(self, recipe: Recipe, build: Callable[[Path], Built]) -> Manifest:
+        """The artifact of a recipe: what the store has, else what `build` makes in a scratch directory."""
+        found = self.artifacts.find(recipe)
+        if found is not None:
+            return found
+        with tempfile.TemporaryDirectory(prefix=f"qrpo-{recipe.step}-") as scratch:
+            started = time.monotonic()
+            files, facts = build(Path(scratch))
+            return self.artifacts.commit(recipe, files, facts, time.monotonic() - started)
+
+    def chat(self, directory: Path) -> Chat:
+        """The tokenizer and chat template of a policy's directory, loaded once."""
+        from qrpo_core.data.chat import Chat
+
+        if directory not in self._chats:
+            self._chats[directory] = Chat.load(directory)
+        return self._chats[directory]
+
+    def engine(self, directory: Path, *, kind: str, precision: str | None = None) -> Engine:
+        """The engine for a policy's directory. Asking for another one closes the one before."""
+        from qrpo_core.engines.registry import make_engine
+
+        wanted = (directory, kind, precision)
+        if self._engine is None or self._engine[0] != wanted:
+            self.close()
+            engine = make_engine(
+                kind,
+                directory,
+                dtype=self.experiment.model.dtype,
+                batch_size=self.experiment.sampling.batch_size,
+                chat=self.chat(directory),
+                precision=precision,
+            )
+            self._engine = (wanted, engine)
+        return self._engine[1]
+
+    def reward(self) -> Reward:
+        """The experiment's scorer, made once."""
+        from qrpo_core.rewards.registry import make_reward
+
+        if self._reward is None:
+            self._reward = make_reward(self.experiment.reward)
+        return self._reward
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        if self._engine is not None:
+            self._engine[1].close()
+            self._engine = None

@@ -1,0 +1,56 @@
+"""A recipe names a result by what decides it; two runs with one recipe mean the same result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qrpo_core.ids import digest_json
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a result.
+
+    step : name of the step.
+    version : integer, raised by hand when the meaning of the step's result changes.
+    config : the settings that change the result, JSON-ready. No paths, batch sizes, device or worker counts.
+    inputs : the keys or digests of what it is made from, by name.
+    """
+
+    step: str
+    version: int
+    config: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """32 hex characters."""
+        return digest_json(self.to_dict())
+
+    @property
+    def path(self) -> str:
+        """Where a whole artifact of this recipe lives in the store."""
+        return f"artifacts/{self.step}/{self.key}"
+
+    @property
+    def blocks_path(self) -> str:
+        """Where blocks of rows of this recipe live in the store."""
+        return f"blocks/{self.step}/{self.key}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, from which the key is made."""
+        return {"step": self.step, "version": self.version, "config": self.config, "inputs": self.inputs}
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Dotted names of the fields in which another recipe (its `to_dict`) differs, sorted."""
+        return sorted(_differences(self.to_dict(), other, ""))
+
+
+def _differences(mine: Any, theirs: Any, name: str) -> list[str]:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        found: list[str] = []
+        for key in mine.keys() | theirs.keys():
+            found += _differences(mine.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if mine == theirs else [name]

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from qrpo_core.config import Experiment, load_experiment, parse_experiment, recipe_fields
+from qrpo_core.errors import ConfigError
+
+MINIMAL = {
+    "model": {"path": "somewhere"},
+    "prompts": {"kind": "template", "templates": ["Hello {name}"], "words": {"name": ["you"]}, "size": 1},
+    "reward": {"kind": "sentiment"},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "trial.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_the_name_defaults_to_the_files(file: Path) -> None:
+    assert load_experiment(file).name == "trial"
+
+
+def test_overrides_are_yaml_values_at_dotted_keys(file: Path) -> None:
+    overrides = [
+        "sampling.references_per_prompt=16",
+        "training.learning_rate=3e-5",
+        "prompts.words.name=[a, b]",
+    ]
+    experiment = load_experiment(file, overrides)
+    assert experiment.sampling.references_per_prompt == 16
+    assert experiment.training.learning_rate == 3e-5
+    assert experiment.prompts.words == {"name": ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "says"),
+    [
+        ("samplng", {}, "unknown key 'samplng' [trial.yaml]: did you mean 'sampling'?"),
+        ("sampling", {"refrences_per_prompt": 3}, "did you mean 'references_per_prompt'?"),
+        ("sampling", {"references_per_prompt": 0}, "sampling.references_per_prompt = 0 is refused"),
+        ("sampling", {"temperature": 0}, "sampling.temperature = 0 is refused"),
+        ("objective", {"beta": -0.1}, "objective.beta = -0.1 is refused"),
+        ("objective", {"beta": float("nan")}, "objective.beta = nan is refused"),
+        ("objective", {"transform": "cube"}, "'identity', 'log'"),
+        ("reward", {"kind": "weighted"}, "reward.terms is empty"),
+        ("reward", {"kind": "weighted", "terms": [{"weight": 1, "reward": {"kind": "lenght"}}]}, "'lenght'"),
+        (
+            "reward",
+            {"kind": "sentiment", "tolerance": 1},
+            "reward.tolerance does not belong to kind 'sentiment'",
+        ),
+        ("reward", {"kind": "length", "min_words": 9, "max_words": 3}, "reward.max_words 3 is below"),
+        ("prompts", {"kind": "file"}, "prompts.path is missing"),
+        (
+            "prompts",
+            {"kind": "reasoning_gym", "task": "x", "size": 2, "path": "y"},
+            "prompts.path does not belong",
+        ),
+        ("prompts", {"kind": "file", "path": "x", "held_out": 1.0}, "prompts.held_out = 1.0 is refused"),
+        ("prompts", {"kind": "file", "path": "x", "chosen_field": "c"}, "come together"),
+        ("training", {"batch_size": 10, "micro_batch_size": 4}, "4 does not divide training.batch_size 10"),
+        ("model", {}, "'model.path' is missing"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_clear_line(section: str, values: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_experiment({**MINIMAL, section: values}, where="trial.yaml")
+    assert says in str(error.value)
+    assert "trial.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["nonsense"], "write it as section.field=value"),
+        (["=3"], "write it as section.field=value"),
+        (["model.path.x=3"], "'path' is a value, not a section"),
+        (["objective.bta=3"], "did you mean 'beta'?"),
+        (["objective.beta=[1"], "is not YAML"),
+    ],
+)
+def test_bad_overrides(file: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_experiment(file, overrides)
+    assert says in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no experiment file"):
+        load_experiment(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="a mapping of sections"):
+        load_experiment(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_experiment(tmp_path / "broken.yaml")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_experiment(tmp_path)
+
+
+def test_an_experiment_is_frozen_and_survives_json() -> None:
+    experiment = parse_experiment(MINIMAL)
+    with pytest.raises(ValidationError):
+        experiment.model.path = "elsewhere"  # type: ignore[misc]
+    assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+
+
+def test_speed_settings_stay_out_of_recipes() -> None:
+    one = parse_experiment(MINIMAL)
+    two = parse_experiment(
+        {
+            **MINIMAL,
+            "sampling": {"batch_size": 3, "references_per_prompt": 99},
+            "training": {"micro_batch_size": 1, "gradient_checkpointing": True},
+        }
+    )
+    assert recipe_fields(one.sampling) == recipe_fields(two.sampling)
+    assert recipe_fields(one.training) == recipe_fields(two.training)
+    hotter = parse_experiment({**MINIMAL, "sampling": {"temperature": 2.0}})
+    assert recipe_fields(one.sampling) != recipe_fields(hotter.sampling)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("experiments/*.yaml")), ids=lambda p: p.name
+)
+def test_the_shipped_experiments_are_valid(path: Path) -> None:
+    assert load_experiment(path).name == path.stem
