@@ -86,11 +86,17 @@ class PromptsConfig(Section):
         for field in needed:
             if not getattr(self, field):
                 raise ValueError(f"prompts.{field} is missing; kind {self.kind!r} needs it")
-        for field in sorted(self.model_fields_set - _prompt_fields(self.kind)):
+        for field in sorted(_changed(self) - _prompt_fields(self.kind)):
             raise ValueError(f"prompts.{field} does not belong to kind {self.kind!r}; remove it")
         if (self.chosen_field is None) != (self.rejected_field is None):
             raise ValueError("prompts.chosen_field and prompts.rejected_field come together")
         return self
+
+
+def _changed(section: Section) -> set[str]:
+    """Fields that differ from their defaults (a form or a JSON round trip gives every field)."""
+    fields = type(section).model_fields.items()
+    return {name for name, field in fields if getattr(section, name) != field.get_default()}
 
 
 def _prompt_fields(kind: str) -> set[str]:
@@ -148,7 +154,7 @@ class RewardConfig(Section):
             "length": {"min_words", "max_words"},
             "weighted": {"terms"},
         }.get(self.kind, set())
-        for field in sorted(self.model_fields_set - own - {"kind"}):
+        for field in sorted(_changed(self) - own - {"kind"}):
             raise ValueError(f"reward.{field} does not belong to kind {self.kind!r}; remove it")
         if self.kind == "weighted" and not self.terms:
             raise ValueError("reward.terms is empty; kind 'weighted' needs at least one term")
@@ -202,6 +208,15 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(False, json_schema_extra=Speed)
     seed: int = Field(0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainingConfig:
+        if self.batch_size % min(self.micro_batch_size, self.batch_size):
+            raise ValueError(
+                f"training.micro_batch_size {self.micro_batch_size} does not divide "
+                f"training.batch_size {self.batch_size}"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
