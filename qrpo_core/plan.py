@@ -8,16 +8,21 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from qrpo_core.records import PROMPTS
-from qrpo_core.steps import evaluation, policies, prompts, quantiles, training, training_set
+from qrpo_core.steps import policies, prompts
 from qrpo_core.steps.blocks import BlockStep
-from qrpo_core.steps.chain import HeldOutSteps, held_out_steps, kl_steps, training_steps
-from qrpo_core.steps.policies import Policy
+from qrpo_core.steps.chain import Chain, chain
 from qrpo_core.steps.tables import load
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import BlockManifest, Run, missing_runs
 from qrpo_core.store.recipe import Recipe
 
 _UNKNOWN = "its policy does not exist yet"
+_AFTER = (
+    "sample held-out, after",
+    "score held-out, after",
+    "policy log-probs, after",
+    "reference log-probs, after",
+)
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,12 @@ def plan(workspace: Workspace) -> list[StagePlan]:
     reference = policies.reference(workspace, source)
     if reference is None:
         return stages + _unseen(workspace, table)
-    steps = training_steps(workspace, table, reference)
-    stages += [_rows(workspace, step) for step in steps]
-    ranked = quantiles.recipe(prompt_recipe, steps.rewards)
-    assembled = training_set.recipe(ranked, steps.logprobs)
-    trained = training.recipe(workspace, assembled, reference)
-    recipes = [("quantiles", ranked), ("training set", assembled), ("train", trained)]
+    known = chain(workspace, reference, prompt_recipe, table)
+    stages += [_rows(workspace, step) for step in known.training]
+    recipes = [("quantiles", known.quantiles), ("training set", known.training_set), ("train", known.train)]
     stages += [_artifact(workspace, name, recipe) for name, recipe in recipes]
-    before = held_out_steps(workspace, table, reference, "before")
-    stages += [_rows(workspace, step) for step in before]
-    return stages + _after(workspace, table, reference, prompt_recipe, trained, before)
+    stages += [_rows(workspace, step) for step in known.before]
+    return stages + _after(workspace, known)
 
 
 def prompt_table(workspace: Workspace, recipe: Recipe) -> pa.Table:
@@ -68,38 +69,18 @@ def prompt_table(workspace: Workspace, recipe: Recipe) -> pa.Table:
     return prompts.read(workspace).prompts
 
 
-def _after(
-    workspace: Workspace,
-    table: pa.Table,
-    reference: Policy,
-    prompt_recipe: Recipe,
-    train: Recipe,
-    before: HeldOutSteps,
-) -> list[StagePlan]:
+def _after(workspace: Workspace, known: Chain) -> list[StagePlan]:
     """The stages that need the trained policy."""
-    manifest = workspace.artifacts.find(train)
+    manifest = workspace.artifacts.find(known.train)
     if manifest is None:
-        rows = (
-            prompts.of_split(table, "held_out").num_rows * workspace.experiment.evaluation.samples_per_prompt
-        )
-        names = (
-            "sample held-out, after",
-            "score held-out, after",
-            "policy log-probs, after",
-            "reference log-probs, after",
-        )
-        stages = [StagePlan(name, 0, rows, _UNKNOWN) for name in names]
+        rows = sum(known.before.samples.wanted.values())
+        stages = [StagePlan(name, 0, rows, _UNKNOWN) for name in _AFTER]
         return [*stages, StagePlan("evaluate", 0, 1, _UNKNOWN), StagePlan("report", 0, 1, _UNKNOWN)]
-    trained = policies.stored(workspace, manifest)
-    after = held_out_steps(workspace, table, trained, "after")
-    divergence = kl_steps(after, trained, reference)
-    stages = [_rows(workspace, step) for step in (*after, *divergence)]
-    evaluated = evaluation.recipe(
-        workspace, prompt_recipe, before.rewards, after.rewards, divergence.policy, divergence.reference
-    )
-    report = evaluation.report_recipe(workspace, evaluated, train)
+    end = known.after(policies.stored(workspace, manifest))
+    stages = [_rows(workspace, step) for step in (*end.after, *end.divergence)]
     return stages + [
-        _artifact(workspace, name, recipe) for name, recipe in (("evaluate", evaluated), ("report", report))
+        _artifact(workspace, name, each)
+        for name, each in (("evaluate", end.evaluate), ("report", end.report))
     ]
 
 
@@ -110,9 +91,7 @@ def _unseen(workspace: Workspace, table: pa.Table) -> list[StagePlan]:
     held_out = prompts.of_split(table, "held_out").num_rows * experiment.evaluation.samples_per_prompt
     rows = [("sample references", train), ("score references", train), ("reference log-probs", train)]
     rows += [("quantiles", 1), ("training set", 1), ("train", 1)]
-    for when in ("before", "after"):
-        rows += [(f"sample held-out, {when}", held_out), (f"score held-out, {when}", held_out)]
-    rows += [("policy log-probs, after", held_out), ("reference log-probs, after", held_out)]
+    rows += [(name, held_out) for name in ("sample held-out, before", "score held-out, before", *_AFTER)]
     rows += [("evaluate", 1), ("report", 1)]
     return [StagePlan(name, 0, count, "the model is not converted yet") for name, count in rows]
 

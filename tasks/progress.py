@@ -82,6 +82,14 @@ class _Reporter:
         return text
 
 
+def announce(stage: str, reused: int, computed: int, unit: str, seconds: float) -> None:
+    """One line for a finished stage."""
+    done = f"{computed:,} {unit} computed" if computed else f"cached, {reused:,} {unit} reused"
+    if computed and reused:
+        done += f", {reused:,} reused"
+    _line(f"  {stage:<28} {done} ({seconds:.1f} s)")
+
+
 @contextmanager
 def stage_progress(label: str, total: int, unit: str = "rows") -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`. Must be entered inside a flow or task run (the artifact belongs to it)."""

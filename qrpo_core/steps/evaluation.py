@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -15,55 +15,40 @@ from qrpo_core.config import recipe_fields
 from qrpo_core.evaluation.inputs import EVALUATED, EVALUATED_AFTER, EvaluationInput
 from qrpo_core.evaluation.metrics import EvaluationResult, evaluate_policies
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
-from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep
+from qrpo_core.steps.blocks import BlockStep, RewardStep
 from qrpo_core.steps.tables import load, to_bytes
-from qrpo_core.steps.training_set import TrainingData
+from qrpo_core.steps.training_set import TrainingData, derive
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qrpo_core.steps.chain import Chain, EvaluationChain
 
 VERSION = 1
 REPORT_VERSION = 1
 
 
-def recipe(
-    workspace: Workspace,
-    prompts: Recipe,
-    before: RewardStep,
-    after: RewardStep,
-    policy: LogprobStep,
-    ref: LogprobStep,
-) -> Recipe:
+def recipe(workspace: Workspace, inputs: Mapping[str, Recipe]) -> Recipe:
     """Decided by the prompts, both policies' rewards, and the log-probs of the trained policy's samples."""
-    inputs = {
-        "prompts": prompts.key,
-        "rewards_before": before.recipe.key,
-        "rewards_after": after.recipe.key,
-        "policy_logprobs": policy.recipe.key,
-        "ref_logprobs": ref.recipe.key,
-    }
-    return Recipe("evaluate", VERSION, recipe_fields(workspace.experiment.evaluation), inputs)
+    keys = {name: each.key for name, each in inputs.items()}
+    return Recipe("evaluate", VERSION, recipe_fields(workspace.experiment.evaluation), keys)
 
 
-def build(
-    workspace: Workspace,
-    asked: Recipe,
-    before: RewardStep,
-    after: RewardStep,
-    policy: LogprobStep,
-    ref: LogprobStep,
-) -> Manifest:
+def build(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Manifest:
     """Commit `evaluation.json`, and the rows it was made of: `before.parquet` and `after.parquet`."""
 
     def make(scratch: Path) -> Built:
         sampling = workspace.experiment.sampling
-        rows_after = _evaluated(workspace, after)
-        for name, step in (("policy_logprob", policy), ("ref_logprob", ref)):
+        rows_after = _evaluated(workspace, end.after.rewards)
+        for name, step in (
+            ("policy_logprob", end.divergence.policy),
+            ("ref_logprob", end.divergence.reference),
+        ):
             scored = workspace.blocks.read(step.recipe, step.wanted, LOGPROBS)
             rows_after = rows_after.append_column(name, scored["logprob"])
-        data = EvaluationInput(
-            _evaluated(workspace, before), rows_after, sampling.temperature, sampling.top_p
-        )
+        rows_before = _evaluated(workspace, chain.before.rewards)
+        data = EvaluationInput(rows_before, rows_after, sampling.temperature, sampling.top_p)
         result = evaluate_policies(data, workspace.experiment.evaluation)
         files: dict[str, Path | bytes] = {
             "evaluation.json": json.dumps(result.to_dict()).encode(),
@@ -72,7 +57,7 @@ def build(
         }
         return files, {"result": result.to_dict()}
 
-    return workspace.make(asked, make)
+    return workspace.make(end.evaluate, make)
 
 
 def result_of(manifest: Manifest) -> EvaluationResult:
@@ -99,43 +84,40 @@ def report_recipe(workspace: Workspace, evaluation: Recipe, train: Recipe) -> Re
     return Recipe("report", REPORT_VERSION, {"name": workspace.experiment.name}, inputs)
 
 
-def build_report(
-    workspace: Workspace,
-    asked: Recipe,
-    *,
-    prompts: pa.Table,
-    evaluation: Manifest,
-    train: Manifest,
-    data: TrainingData,
-    steps: Sequence[BlockStep],
-    artifacts: Mapping[str, Manifest],
-) -> Manifest:
-    """Commit `report.html` and the figures of the UI as PNG.
-
-    steps : the block steps whose cost the report states. artifacts : the coarse ones, by name.
-    """
+def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Manifest:
+    """Commit `report.html`: one self-contained file with the result, its figures and its lineage."""
 
     def make(scratch: Path) -> Built:
         from qrpo_core.evaluation.report import ReportInput, pick_examples, render_report
 
-        before = load(workspace, evaluation, "before.parquet", EVALUATED)
-        after = load(workspace, evaluation, "after.parquet", EVALUATED_AFTER)
+        recipes = {
+            "prompts": chain.prompts,
+            "quantiles": chain.quantiles,
+            "training_set": chain.training_set,
+            "train": chain.train,
+            "evaluate": end.evaluate,
+        }
+        made = {name: workspace.artifacts.get(recipe) for name, recipe in recipes.items()}
+        steps = [*chain.training, *chain.before, *end.after, *end.divergence]
+        before = load(workspace, made["evaluate"], "before.parquet", EVALUATED)
+        after = load(workspace, made["evaluate"], "after.parquet", EVALUATED_AFTER)
+        data = derive(workspace, made["training_set"])
         report = ReportInput(
-            experiment=workspace.experiment.model_dump(mode="json", exclude_defaults=False),
-            evaluation=result_of(evaluation),
+            experiment=workspace.experiment.model_dump(mode="json"),
+            evaluation=result_of(made["evaluate"]),
             before=before,
             after=after,
             training=_training_rows(data),
             diagnostics=data.diagnostics,
-            history=json.loads(workspace.artifacts.read(train, "history.json")),
-            stages=[cost(workspace, step) for step in steps] + [_artifact_cost(train)],
-            filtered=filtered(artifacts),
-            lineage=_lineage(artifacts, steps),
-            examples=pick_examples(before, after, prompts),
+            history=json.loads(workspace.artifacts.read(made["train"], "history.json")),
+            stages=[*(cost(workspace, step) for step in steps), _training_cost(made["train"])],
+            filtered=filtered(made),
+            lineage=_lineage(made, steps),
+            examples=pick_examples(before, after, chain.table),
         )
         return {"report.html": render_report(report).encode()}, {}
 
-    return workspace.make(asked, make)
+    return workspace.make(end.report, make)
 
 
 def cost(workspace: Workspace, step: BlockStep) -> dict[str, Any]:
@@ -154,7 +136,7 @@ def cost(workspace: Workspace, step: BlockStep) -> dict[str, Any]:
     }
 
 
-def _artifact_cost(train: Manifest) -> dict[str, Any]:
+def _training_cost(train: Manifest) -> dict[str, Any]:
     note = f"{train.facts['steps']} steps"
     return {
         "stage": "train",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qrpo_core.config import recipe_fields
+from qrpo_core.config import TrainingConfig, recipe_fields
 from qrpo_core.steps.policies import Policy, folder_files
 from qrpo_core.steps.training_set import derive
 from qrpo_core.steps.workspace import Built, Workspace
@@ -28,6 +29,11 @@ def recipe(workspace: Workspace, training_set: Recipe, policy: Policy) -> Recipe
         "dtype": experiment.model.dtype,
     }
     return Recipe("train", VERSION, config, {"training_set": training_set.key, "policy": policy.digest})
+
+
+def optimiser_steps(config: TrainingConfig, rows: int) -> int:
+    """How many optimiser steps a run takes; the last one of an epoch may hold fewer rows."""
+    return math.ceil(config.epochs * math.ceil(rows / config.batch_size))
 
 
 def build(

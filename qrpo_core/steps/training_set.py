@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import pyarrow.compute as pc
 
 from qrpo_core.config import ObjectiveConfig
 from qrpo_core.ids import tie_seed
-from qrpo_core.objective.quantiles import RankCounts
-from qrpo_core.objective.targets import CalibratedTargets, calibrated_targets, normalization_check
+from qrpo_core.objective.normalization import normalization_check
+from qrpo_core.objective.quantiles import RankCounts, tie_rate
+from qrpo_core.objective.targets import CalibratedTargets, calibrated_targets
 from qrpo_core.objective.transforms import get_transform
 from qrpo_core.records import COMPLETIONS, LOGPROBS, RANK_COUNTS, REFERENCE_REWARDS, TRAINING_SET
 from qrpo_core.steps.blocks import LogprobStep
@@ -107,19 +109,27 @@ def targets_of(table: pa.Table, references: pa.Table, objective: ObjectiveConfig
     reference_rewards = lists.flatten().to_numpy(zero_copy_only=False)
     counts = RankCounts(*(table[name].to_numpy() for name in ("below", "equal", "n")))
     randomized = objective.convention == "randomized"
-    targets = calibrated_targets(
+    how = partial(
+        calibrated_targets,
         counts,
         transform=get_transform(objective.transform),
         beta=objective.beta,
         convention=objective.convention,
-        normaliser=objective.normaliser,
         prompt=codes,
         reference_prompt=reference_codes,
         reference_rewards=reference_rewards,
         seeds=_seeds(prompts, indices) if randomized else None,
         reference_seeds=_reference_seeds(references, sizes) if randomized else None,
     )
-    return TrainingData(table, targets, _diagnostics(table, targets, codes, sizes, objective))
+    targets = how(normaliser=objective.normaliser)
+    # What the paper's normaliser, which knows no ties, would have made of the same rewards.
+    paper = how(normaliser="population", tie_tolerance=1.0)
+    diagnostics = _diagnostics(table, targets, codes, objective) | {
+        "normalisation_mean_population": normalization_check(paper, codes).mean,
+        "references": len(reference_rewards),
+        "tie_rate": tie_rate(reference_codes, reference_rewards),
+    }
+    return TrainingData(table, targets, diagnostics)
 
 
 def _seeds(prompts: list[str], indices: list[int]) -> Any:
@@ -136,12 +146,12 @@ def _reference_seeds(references: pa.Table, sizes: Any) -> Any:
 
 
 def _diagnostics(
-    table: pa.Table, targets: CalibratedTargets, codes: Any, sizes: Any, objective: ObjectiveConfig
+    table: pa.Table, targets: CalibratedTargets, codes: Any, objective: ObjectiveConfig
 ) -> dict[str, Any]:
     # The training completions are the references, so the check runs over the targets themselves.
-    check = normalization_check(targets.log_ratio, codes)
-    equal = table["equal"].to_numpy()
-    ties = np.bincount(codes, weights=equal < table["n"].to_numpy(), minlength=len(sizes))
+    check = normalization_check(targets, codes)
+    tied_with_all = table["equal"].to_numpy() == table["n"].to_numpy()
+    with_signal = np.bincount(codes, weights=~tied_with_all) > 0
     return {
         "normalisation_mean": check.mean,
         "normalisation_standard_error": check.standard_error,
@@ -149,13 +159,10 @@ def _diagnostics(
         "convention": objective.convention,
         "transform": objective.transform,
         "beta": objective.beta,
-        "references": int(sizes.sum()),
-        "references_per_prompt": float(sizes.mean()),
-        "training_prompts": len(sizes),
+        "training_prompts": len(with_signal),
         "training_rows": len(table),
-        "tie_rate": float((equal > 0).mean()),
-        "signal_free_prompts": int((ties == 0).sum()),
-        "positive_targets": float((targets.target > 0).mean()),
+        "signal_free_prompts": int((~with_signal).sum()),
+        "positive_targets": targets.positive_share,
         "largest_log_ratio_target": float(targets.log_ratio.max()),
         "smallest_log_ratio_target": float(targets.log_ratio.min()),
     }

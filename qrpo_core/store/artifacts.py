@@ -23,6 +23,8 @@ from qrpo_core.store.recipe import Recipe
 
 FORMAT = 1
 
+_MAKE_AGAIN = "delete the artifact's folder; it is made again"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -124,26 +126,34 @@ class Artifacts:
         return data
 
     def folder(self, manifest: Manifest, name: str) -> Path:
-        """A local directory with the artifact's files below `name`, checked; downloaded once if remote."""
-        inside = {file: entry for file, entry in manifest.files.items() if file.startswith(f"{name}/")}
+        """A local directory with the artifact's files below `name`; downloaded and checked once if remote."""
+        inside = [file for file in manifest.files if file.startswith(f"{name}/")]
         if not inside:
             raise MissingError(f"artifact {manifest.step}/{manifest.key} has no folder {name!r}")
-        local = self.objects.local(f"artifacts/{manifest.step}/{manifest.key}/{manifest.folder}/{name}")
+        files = [self.file(manifest, file) for file in inside]
+        depth = inside[0].removeprefix(f"{name}/").count("/")
+        return files[0].parents[depth]
+
+    def file(self, manifest: Manifest, name: str) -> Path:
+        """A local path of one of the files; downloaded and checked once if the store is remote."""
+        key, entry = manifest.path(name), manifest.files[name]
+        local = self.objects.local(key)
         if local is not None:
+            if not local.is_file():
+                raise MissingError("a file of an artifact is gone", where=str(local), remedy=_MAKE_AGAIN)
             return local
-        cache = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
-        for file, entry in inside.items():
-            target = cache / file
-            if target.is_file() and target.stat().st_size == entry["bytes"]:
-                continue  # complete by construction: a download is renamed into place after its check
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                part = Path(folder) / "part"
-                self.objects.download(manifest.path(file), part)
-                if digest_file(part) != entry["digest"]:
-                    raise _damaged(f"{self.objects.url}/{manifest.path(file)}")
-                os.replace(part, target)
-        return cache / name
+        folder = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
+        target = folder / name
+        if target.is_file() and target.stat().st_size == entry["bytes"]:
+            return target  # complete by construction: a download is renamed into place after its check
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            part = Path(scratch) / "part"
+            self.objects.download(key, part)
+            if digest_file(part) != entry["digest"]:
+                raise _damaged(f"{self.objects.url}/{key}")
+            os.replace(part, target)
+        return target
 
 
 def cache_directory() -> Path:
@@ -173,6 +183,4 @@ def _parse(data: bytes, where: str) -> Manifest:
 
 
 def _damaged(where: str) -> DamagedError:
-    return DamagedError(
-        "content and digest differ", where=where, remedy="delete the artifact's folder; it is made again"
-    )
+    return DamagedError("content and digest differ", where=where, remedy=_MAKE_AGAIN)

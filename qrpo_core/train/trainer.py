@@ -15,17 +15,14 @@ from transformers import Trainer, TrainingArguments
 
 from qrpo_core.data.collator import Collator, Example
 from qrpo_core.errors import ObjectiveError
-from qrpo_core.objective.losses import absolute_residual, qrpo_residual, squared_residual
+from qrpo_core.objective.losses import qrpo_absolute_loss, qrpo_squared_loss
 from qrpo_core.train.forward import policy_logprobs
 
-#: What is done with the residual: one function per objective.
-LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "mse": squared_residual,
-    "mae": absolute_residual,
-}
+#: One function per objective; (policy_logprob, ref_logprob, target, beta) [batch] → [batch].
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": qrpo_squared_loss, "mae": qrpo_absolute_loss}
 
 
-class QRPOTrainer(Trainer):
+class QRPOTrainer(Trainer):  # type: ignore[misc]
     """Fits ``beta * log(pi / pi_ref)`` to calibrated targets (QRPO paper; method.md 1).
 
     Parameters
@@ -65,7 +62,7 @@ class QRPOTrainer(Trainer):
             data_collator=Collator(pad_token_id),
             **kwargs,
         )
-        self.residual_loss = LOSSES[loss]
+        self.example_loss = LOSSES[loss]
         self.model_accepts_loss_kwargs = False  # the model's own loss is never asked for
         self._sums: dict[str, float] = defaultdict(float)
 
@@ -89,8 +86,7 @@ class QRPOTrainer(Trainer):
             model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
         )
         target, beta, reference = inputs["target"], inputs["beta"], inputs["ref_logprob"]
-        residual = qrpo_residual(policy, reference, target, beta)
-        losses = self.residual_loss(residual)
+        losses = self.example_loss(policy.double(), reference, target, beta)
         count = num_items_in_batch if num_items_in_batch is not None else len(losses)
         # Gradients are averaged over processes, so a process's share counts world_size times.
         loss = losses.sum() * self.accelerator.num_processes / count

@@ -1,0 +1,50 @@
+"""`precompute`: prompts, reference samples, rewards, log-probs, quantiles, training set."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from qrpo_core.config import Experiment
+from qrpo_core.steps import policies, prompts, quantiles, training_set
+from qrpo_core.steps.chain import stored_chain
+from tasks.stages import Stage, fill, make, workspace_of
+from tasks.tables import publish_stages
+
+
+@flow(name="precompute", flow_run_name="precompute-{experiment.name}")
+def precompute(experiment: Experiment) -> list[Stage]:
+    """Everything before training. Only what the store lacks is computed; raise the budget and run again."""
+    workspace = workspace_of(experiment)
+    stages = []
+    source = policies.source_of(workspace)
+    if source.needs_materialising:
+        recipe = policies.recipe(workspace, source)
+        stages.append(make(workspace, "convert model", recipe, lambda: policies.convert(workspace, source)))
+    recipe = prompts.recipe(workspace)
+    stages.append(make(workspace, "prompts", recipe, lambda: prompts.build(workspace, recipe)))
+
+    chain = stored_chain(workspace)
+    stages += [fill(workspace, step) for step in chain.training]
+    stages.append(
+        make(
+            workspace,
+            "quantiles",
+            chain.quantiles,
+            lambda: quantiles.build(workspace, chain.quantiles, chain.training.rewards),
+        )
+    )
+    stages.append(
+        make(
+            workspace,
+            "training set",
+            chain.training_set,
+            lambda: training_set.build(
+                workspace,
+                chain.training_set,
+                workspace.artifacts.get(chain.quantiles),
+                chain.training.logprobs,
+            ),
+        )
+    )
+    publish_stages(stages)
+    return stages

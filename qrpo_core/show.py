@@ -1,0 +1,109 @@
+"""An experiment's plan and result as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qrpo_core.evaluation.summary import headline, normalisation, summary_rows
+from qrpo_core.plan import StagePlan
+from qrpo_core.steps import policies
+from qrpo_core.steps.chain import stored_chain
+from qrpo_core.steps.evaluation import filtered, result_of
+from qrpo_core.steps.workspace import Workspace
+from qrpo_core.store.artifacts import Manifest
+
+
+def plan_lines(stages: Sequence[StagePlan], store: str) -> list[str]:
+    """A table of the stages: what is there, what is missing, why, and the expected time."""
+    rows = [("stage", "present", "missing", "expected", "why")]
+    for each in stages:
+        rows.append((each.stage, f"{each.present:,}", f"{each.missing:,}", _expected(each), each.why))
+    lines = [f"Store: {store}", "", *table(rows)]
+    missing = sum(each.missing for each in stages)
+    return [
+        *lines,
+        "",
+        "Nothing to compute." if not missing else "Rows of stages in progress are never lost.",
+    ]
+
+
+def _expected(stage: StagePlan) -> str:
+    if not stage.missing:
+        return ""
+    return "?" if stage.seconds is None else duration(stage.seconds)
+
+
+def duration(seconds: float) -> str:
+    """1.2 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns aligned by width; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [text[0], "  ".join("─" * width for width in widths), *text[1:]]
+
+
+def result_lines(workspace: Workspace) -> list[str]:
+    """The headline, the evaluation's table, the normalisation check, what was left out, and the paths."""
+    made = results(workspace)
+    result = result_of(made["evaluate"])
+    diagnostics: dict[str, Any] = made["train"].facts["diagnostics"]
+    rows = [("held-out evaluation", ""), *summary_rows(result), *normalisation_rows(diagnostics)]
+    left = [("left out, merged or failed", "count", "why")]
+    left += [(row["what"], f"{row['count']:,}", row["why"]) for row in filtered(made)]
+    policy = workspace.artifacts.folder(made["train"], "policy")
+    paths = [f"Policy: {policy}", f"Report: {report_path(workspace)}"]
+    return [str(headline(result)), "", *table(rows), "", *table(left), "", *paths]
+
+
+def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows on the normalisation check: with the normaliser in use, and with the one that knows no ties."""
+    found = normalisation(diagnostics)
+    if found is None:
+        return []
+    text, _, meaning = found
+    rows = [(f"Normalisation check ({diagnostics['normaliser']})", f"{text}, must be 1. {meaning}")]
+    if diagnostics["normaliser"] != "population":
+        other = diagnostics["normalisation_mean_population"]
+        rows.append(
+            (
+                "The same with the population normaliser",
+                f"{other:.3g} (tie rate {diagnostics['tie_rate']:.1%})",
+            )
+        )
+    return rows
+
+
+def results(workspace: Workspace) -> dict[str, Manifest]:
+    """The manifests of a finished run, by step; MissingError names the first that is absent."""
+    chain = stored_chain(workspace)
+    made = {
+        name: workspace.artifacts.get(recipe)
+        for name, recipe in {
+            "prompts": chain.prompts,
+            "quantiles": chain.quantiles,
+            "training_set": chain.training_set,
+            "train": chain.train,
+        }.items()
+    }
+    end = chain.after(policies.stored(workspace, made["train"]))
+    return made | {
+        "evaluate": workspace.artifacts.get(end.evaluate),
+        "report": workspace.artifacts.get(end.report),
+    }
+
+
+def report_path(workspace: Workspace) -> Path:
+    """A local path of the HTML report; downloaded once from a remote store."""
+    report = results(workspace)["report"]
+    return workspace.artifacts.file(report, "report.html")

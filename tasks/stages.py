@@ -1,0 +1,100 @@
+"""Stages of a run: each looks in the store, computes what is missing there, and says what it did.
+
+Two kinds. A *coarse* stage makes one artifact and is a cached Prefect task whose record lies beside the
+artifact. A *block* stage plans its missing rows against the store and runs one uncached task a block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.utilities.annotations import quote
+
+from qrpo_core.config import Experiment
+from qrpo_core.steps.blocks import BlockStep
+from qrpo_core.steps.workspace import Workspace
+from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.blocks import BlockPlan
+from qrpo_core.store.recipe import Recipe
+from tasks.cache import coarse_task
+from tasks.progress import announce, stage_progress
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage did.
+
+    reused, computed : rows of a block stage, or 1 artifact of a coarse one.
+    state : "Cached" (nothing to do) or "Completed".
+    seconds : wall time of the stage in this run.
+    """
+
+    stage: str
+    reused: int
+    computed: int
+    state: str
+    seconds: float
+
+
+def workspace_of(experiment: Experiment) -> Workspace:
+    """The workspace that the flows of one process share for an experiment, engine included."""
+    return _workspace(experiment.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _workspace(experiment: str) -> Workspace:
+    return Workspace(Experiment.model_validate_json(experiment))
+
+
+def make(workspace: Workspace, stage: str, recipe: Recipe, build: Callable[[], Manifest]) -> Stage:
+    """A coarse stage: the recipe's artifact, built if the store does not have it."""
+    started = time.monotonic()
+    bound = coarse_task(_build, workspace.experiment.store, name=stage)
+    state = bound(recipe=recipe, store=workspace.experiment.store, build=quote(build), return_state=True)
+    state.result()  # raises what the task raised
+    cached = state.name == "Cached"
+    result = Stage(stage, int(cached), int(not cached), state.name, time.monotonic() - started)
+    announce(result.stage, result.reused, result.computed, "artifact", result.seconds)
+    return result
+
+
+def _build(recipe: Recipe, store: Any, build: Callable[[], Manifest]) -> str:
+    """Body of every coarse task. The result that Prefect keeps is a reference, never data."""
+    build()
+    return recipe.path
+
+
+def fill(step: BlockStep, workspace: Workspace) -> Stage:
+    """A block stage: compute the rows that are asked for and not in the store."""
+    started = time.monotonic()
+    wanted = sum(step.wanted.values())
+    plans = workspace.blocks.plan(step.recipe, step.wanted, workspace.experiment.store.rows_per_block)
+    missing = sum(plan.rows for plan in plans)
+    if plans:
+        with stage_progress(step.label, missing) as advance:
+            for number, plan in enumerate(plans, 1):
+                name = f"{step.label} {number} of {len(plans)}"
+                compute_block.with_options(task_run_name=name)(
+                    quote(step), quote(plan), quote(workspace), advance
+                )
+    state = "Completed" if plans else "Cached"
+    result = Stage(step.label, wanted - missing, missing, state, time.monotonic() - started)
+    announce(result.stage, result.reused, result.computed, "rows", result.seconds)
+    return result
+
+
+@task(name="block", cache_policy=NO_CACHE)
+def compute_block(
+    step: BlockStep, plan: BlockPlan, workspace: Workspace, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Compute one block and commit it; the last step makes it real. Returns a small reference."""
+    started = time.monotonic()
+    table, facts = step.compute(plan, advance)
+    block = workspace.blocks.commit(plan, table, step.schema, time.monotonic() - started, **facts)
+    return {"block": block.block, "rows": block.rows, "seconds": block.seconds}
