@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from decimal import Decimal
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol
 
 from qrpo_core.engines.base import Progress, no_progress
+from qrpo_core.errors import DataError
 
 Status = Literal["ok", "timeout", "sandbox_error", "parse_error", "too_long", "endpoint_error"]
+
+#: Longest detail that a score carries; an exception may quote the whole completion.
+DETAIL_LENGTH = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +51,117 @@ class Reward(Protocol):
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests."""
         ...
+
+
+class CheckedReward(Reward, Protocol):
+    """A reward that says beforehand what it cannot score against."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a row without a reference cannot be scored."""
+        ...
+
+    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
+        """Raise DataError, naming the prompt, for the first reference that cannot be scored against.
+
+        references : (prompt_id, reference) pairs; a reference is JSON, or None where there is none.
+        """
+        ...
+
+
+class RowReward(ABC):
+    """A `CheckedReward` that scores each row by itself: a score depends on its own request and nothing else.
+
+    A subclass gives `score_row`, and `check_reference` where the reference has a form.
+    """
+
+    _needs_reference: ClassVar[bool] = False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a row without a reference cannot be scored."""
+        return self._needs_reference
+
+    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
+        """Refuse what cannot be scored against, before anything is scored.
+
+        references : (prompt_id, reference) pairs; a reference is JSON, or None. Equal ones are read once.
+        Raises DataError naming the prompt for a missing reference or one of the wrong form.
+        """
+        if not self.needs_reference:
+            return
+        seen: set[str] = set()
+        for prompt_id, reference in references:
+            if reference is None:
+                raise DataError(
+                    "no reference to score against",
+                    where=f"prompt {prompt_id}",
+                    remedy="name the column in prompts.reference_field, or choose a reward that needs none",
+                )
+            if reference in seen:
+                continue
+            seen.add(reference)
+            try:
+                self.check_reference(reference)
+            except ValueError as error:
+                raise DataError(
+                    f"reference {clip(reference, 80)} is refused",
+                    where=f"prompt {prompt_id}",
+                    remedy=clip(str(error)),
+                ) from None
+
+    def check_reference(self, reference: str) -> None:
+        """Raise ValueError, saying what a reference has to be, for JSON that is not that."""
+        read_json(reference)
+
+    def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
+        """One score a request, in the order of the requests; `progress(1)` after each row.
+
+        Raises DataError before the first row is scored (see `check`).
+        """
+        self.check((request.prompt_id, request.reference) for request in requests)
+        scores = []
+        for request in requests:
+            scores.append(guarded(partial(self.score_row, request)))
+            progress(1)
+        return scores
+
+    @abstractmethod
+    def score_row(self, request: RewardRequest) -> float | Score:
+        """The reward of one row, or a `Score` that says why there is none. May raise: see `guarded`."""
+
+
+def guarded(score: Callable[[], float | Score]) -> Score:
+    """Run a scorer; what it raises, and NaN or infinity, becomes a `parse_error` with its message."""
+    try:
+        result = score()
+        if isinstance(result, Score):
+            return result
+        reward = float(result)
+    except Exception as error:
+        return Score(None, "parse_error", clip(f"{type(error).__name__}: {error}"))
+    if not math.isfinite(reward):
+        return Score(None, "parse_error", f"the scorer gave {reward}, which is not a finite number")
+    return Score(reward)
+
+
+def read_json(reference: str) -> Any:
+    """A reference's value, numbers as exact Decimals. Raises ValueError for what is not JSON."""
+    try:
+        return json.loads(reference, parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("a reference nested this deeply is not read") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a reference is JSON ({error})") from None
+    except ArithmeticError:
+        raise ValueError("a number in it is too large to be read") from None
+
+
+def clip(text: str, length: int = DETAIL_LENGTH) -> str:
+    """One line of at most `length` characters."""
+    line = " ".join(text[: 4 * length].split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number that can be a reference")

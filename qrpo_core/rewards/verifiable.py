@@ -1,0 +1,202 @@
+"""Rewards that check a completion against a reference: 1 for right, 0 for wrong, scorers' fractions between.
+
+A completion without an answer (nothing to extract) is a wrong answer: status ok, reward 0.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from decimal import Decimal
+from typing import Any
+
+from qrpo_core.rewards import extract as reading
+from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip, read_json
+from qrpo_core.rewards.worker import ScorerError, Worker, WorkerDied, WorkerTimeout
+
+#: `math` looks for the answer in the last characters of a completion: math-verify's patterns take
+#: quadratic time, about 1 s on the worst 8,000 characters and 20 s on the worst 32,000.
+MATH_WINDOW = 8000
+
+
+class NumberReward(RowReward):
+    """1 if the completion's number is within `tolerance` of the reference, else 0.
+
+    Reference: a JSON number, or a string that holds exactly one number, or a string whose part behind the
+    last `####` does (GSM8K). Numbers are read as in `extract`; differences are exact decimals.
+
+    how : "last_number" (default), "last_integer"; "last_line" and "answer_tag" take the last number in
+        that part; "whole" asks that the completion be a number and nothing else.
+    """
+
+    _needs_reference = True
+
+    def __init__(self, how: reading.Extract | None = None, tolerance: float = 1e-6) -> None:
+        self._how: reading.Extract = how or "last_number"
+        # The shortest spelling: a difference of 0.1 is within a tolerance written as 0.1.
+        self._tolerance = Decimal(repr(float(tolerance)))
+
+    def check_reference(self, reference: str) -> None:
+        _reference_number(reference)
+
+    def score_row(self, request: RewardRequest) -> float:
+        found = self._find(request.text)
+        if found is None:
+            return 0.0
+        wanted = _reference_number(request.reference or "")
+        difference = reading.ARITHMETIC.subtract(found.value, wanted).copy_abs()
+        return 1.0 if difference <= self._tolerance else 0.0
+
+    def _find(self, text: str) -> reading.Number | None:
+        match self._how:
+            case "whole":
+                return reading.only_number(text)
+            case "last_integer":
+                return reading.last_integer(text)
+            case "last_number":
+                return reading.last_number(text)
+            case _:
+                return reading.last_number(reading.extract(text, self._how) or "")
+
+
+class ExactReward(RowReward):
+    """1 if the answer and the reference are the same string, else 0.
+
+    Both are brought to Unicode form NFC, outer white space goes, and inner white space becomes one space.
+    Case and punctuation count. Reference: a JSON string, or a number, which stands for its JSON spelling.
+    """
+
+    _needs_reference = True
+
+    def __init__(self, how: reading.Extract | None = None) -> None:
+        self._how: reading.Extract = how or "whole"
+
+    def check_reference(self, reference: str) -> None:
+        _reference_string(reference)
+
+    def score_row(self, request: RewardRequest) -> float:
+        answer = reading.extract(request.text, self._how)
+        if answer is None:
+            return 0.0
+        return 1.0 if plain_string(answer) == _reference_string(request.reference or "") else 0.0
+
+
+class ReasoningGymReward(RowReward):
+    """The score that reasoning-gym's own scorer gives the extracted answer (0 to 1, partial ones included).
+
+    Reference: a JSON object {"task", "parameters", "entry": {question, answer, metadata}}. An entry whose
+    own answer does not score 1 is refused: its metadata did not survive JSON (tasks arc_agi and rearc).
+
+    Some of its scorers evaluate the answer as a Python expression. All of them run in a `Worker`: another
+    process, without this one's environment, with limits on time and memory. That is not a sandbox.
+    """
+
+    _needs_reference = True
+
+    def __init__(self, how: reading.Extract | None = None) -> None:
+        self._how: reading.Extract = how or "last_line"
+        self._worker = Worker("reasoning_gym")
+
+    def check_reference(self, reference: str) -> None:
+        value = read_json(reference)
+        if not _is_entry(value):
+            raise ValueError(
+                'an object {"task", "parameters", "entry": {"question", "answer", "metadata"}} is needed'
+            )
+        _check_with(self._worker, reference)
+
+    def score_row(self, request: RewardRequest) -> float | Score:
+        answer = reading.extract(request.text, self._how)
+        if answer is None:
+            return 0.0
+        return _score_with(self._worker, request.reference or "", answer)
+
+
+class MathReward(RowReward):
+    """1 if math-verify finds the completion's answer equal to the reference, else 0.
+
+    Reference: a JSON number, or a string that is LaTeX or plain mathematics: with `$`, `\\(`, `\\[` or
+    `\\boxed` it is read as a text that holds the answer, otherwise as the answer itself; behind `####`
+    where it has that. The completion's answer is what math-verify extracts from its last `MATH_WINDOW`
+    characters (from the first white space on, so that no expression starts in its middle), Unicode minus
+    signs and digits brought to ASCII first.
+
+    math-verify's own time limits work in a main thread only and not against one long operation in C;
+    here it runs in a `Worker` with limits of its own. A row that meets one has status `timeout`.
+    """
+
+    _needs_reference = True
+
+    def __init__(self) -> None:
+        self._worker = Worker("math")
+
+    def check_reference(self, reference: str) -> None:
+        _check_with(self._worker, reference)
+
+    def score_row(self, request: RewardRequest) -> float | Score:
+        text = reading.ascii_numbers(math_window(request.text))
+        return _score_with(self._worker, request.reference or "", text)
+
+
+def math_window(text: str) -> str:
+    """The end of a completion that `math` reads, at most MATH_WINDOW characters."""
+    if len(text) <= MATH_WINDOW:
+        return text
+    tail = text[-MATH_WINDOW:]
+    parts = tail.split(maxsplit=1)
+    return parts[1] if len(parts) == 2 and not tail[0].isspace() else tail
+
+
+def plain_string(text: str) -> str:
+    """Unicode form NFC, outer white space gone, inner white space one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _reference_number(reference: str) -> Decimal:
+    value = read_json(reference)
+    if isinstance(value, Decimal):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("a number, or a string that holds one, is needed")
+    text = value.rpartition("####")[2]
+    found = list(reading.numbers(text))
+    if len(found) != 1:
+        raise ValueError(
+            f"the string holds {len(found)} numbers; it needs exactly one, or one behind its last ####"
+        )
+    return found[0].value
+
+
+def _reference_string(reference: str) -> str:
+    value = read_json(reference)
+    text = plain_string(value) if isinstance(value, str) else reference.strip()
+    if not isinstance(value, str | Decimal) or not text:
+        raise ValueError("a string that is not empty, or a number, is needed")
+    return text
+
+
+def _is_entry(value: Any) -> bool:
+    match value:
+        case {
+            "task": str(),
+            "parameters": dict(),
+            "entry": {"question": _, "answer": str() | None, "metadata": dict()},
+        }:
+            return True
+    return False
+
+
+def _check_with(worker: Worker, reference: str) -> None:
+    try:
+        worker.check(reference)
+    except (ScorerError, WorkerTimeout, WorkerDied) as error:
+        raise ValueError(str(error)) from None
+
+
+def _score_with(worker: Worker, reference: str, answer: str) -> float | Score:
+    try:
+        result: Any = worker.score(reference, answer)
+    except WorkerTimeout as error:
+        return Score(None, "timeout", str(error))
+    except (ScorerError, WorkerDied) as error:
+        return Score(None, "parse_error", clip(str(error)))
+    return float(result)

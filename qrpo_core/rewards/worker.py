@@ -1,0 +1,130 @@
+"""Runs a library's scorer in a process of its own, with limits on time and memory.
+
+A scorer that works on what a model wrote can be sent into an endless computation (`9**9**9**9`), and a
+thread cannot be stopped. The process can: the system ends it at the limit, the row is reported, and the
+next row gets a fresh one. One process serves one reward object from any thread, a row at a time; it ends
+when the object is collected or this process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from typing import Any, Literal
+
+from qrpo_core.rewards import worker_main
+
+#: What a row may take, as it stands in messages.
+LIMIT = f"{worker_main.CPU_SECONDS} s of processor time or {worker_main.WALL_SECONDS} s in all"
+
+# What the process sees of this one's environment: credentials in particular stay here.
+_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
+# sympy's results can depend on the order of sets of strings; a fixed seed makes that order one and the same.
+_SET_VARIABLES = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class ScorerError(Exception):
+    """The scorer raised; the message is the exception's type and text."""
+
+
+class WorkerTimeout(Exception):
+    """The scorer used up its time on one row."""
+
+
+class WorkerDied(Exception):
+    """The process ended for another reason; the message says how."""
+
+
+class Worker:
+    """A scoring process, started at its first row. See the module.
+
+    kind : "math" or "reasoning_gym", what it scores with.
+    """
+
+    def __init__(self, kind: Literal["math", "reasoning_gym"]) -> None:
+        self._kind = kind
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+
+    def check(self, reference: str) -> None:
+        """Raise ScorerError, saying why, for a reference that the scorer cannot work with."""
+        self._ask({"kind": self._kind, "do": "check", "reference": reference})
+
+    def score(self, reference: str, answer: str) -> Any:
+        """What the scorer gives an answer. Raises ScorerError, WorkerTimeout or WorkerDied."""
+        return self._ask({"kind": self._kind, "do": "score", "reference": reference, "answer": answer})
+
+    def _ask(self, request: dict[str, str]) -> Any:
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            except BaseException:
+                # An interrupt between question and answer would hand this answer to the next question.
+                self._drop()
+                raise
+            if not line:
+                raise self._epitaph()
+        reply = json.loads(line)
+        if "error" in reply:
+            raise ScorerError(reply["error"])
+        return reply["value"]
+
+    def _running(self) -> subprocess.Popen[str]:
+        # A fork of this process must not share the pipes: it starts its own.
+        if self._process is None or self._owner != os.getpid():
+            self._process = _start()
+            self._owner = os.getpid()
+            weakref.finalize(self, _end, self._process)
+        return self._process
+
+    def _drop(self) -> int:
+        process, self._process = self._process, None
+        return _end(process) if process else 0
+
+    def _epitaph(self) -> Exception:
+        code = self._drop()
+        if code in (-signal.SIGXCPU, -signal.SIGALRM):
+            return WorkerTimeout(f"the scorer took more than {LIMIT}")
+        return WorkerDied(f"the scoring process ended with status {code}")
+
+
+def _start() -> subprocess.Popen[str]:
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    return subprocess.Popen(
+        # -P: the script's own folder must not shadow modules of the standard library.
+        [sys.executable, "-P", "-W", "ignore", worker_main.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="ascii",
+        env=kept | _SET_VARIABLES,
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    """End the process if it runs, close its pipes and return its exit status."""
+    if process.stdin and not process.stdin.closed:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    try:
+        code = process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    if process.stdout:
+        process.stdout.close()
+    return code

@@ -1,0 +1,155 @@
+"""The scoring process of `worker`: JSON lines in (standard input), JSON lines out (standard output).
+
+Run as a script, it imports nothing of this project. A request is {"kind", "do": "check" or "score",
+"reference", "answer"}, a reply {"value": number or null} or {"error": "Type: message"}.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import resource
+import signal
+from collections.abc import Callable
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+#: Processor time of one row; the system ends the process at the next whole second after it.
+CPU_SECONDS = 5
+#: Time of one row on the clock: ends a scorer that waits instead of computing.
+WALL_SECONDS = 30
+#: Address space of the process; beyond it a scorer meets MemoryError.
+MEMORY_BYTES = 4 << 30
+
+_LATEX_SIGNS = ("$", "\\(", "\\[", "\\boxed")
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    # Requests and replies get descriptors of their own: what a scorer prints would be read as a reply,
+    # and one that calls input() would take the next request.
+    requests = os.fdopen(os.dup(0), encoding="ascii")
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which then closes the pipe
+    logging.disable(logging.CRITICAL)
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, MEMORY_BYTES)
+    for line in requests:
+        print(json.dumps(_reply(json.loads(line))), file=replies, flush=True)
+
+
+def _reply(request: dict[str, str]) -> dict[str, Any]:
+    try:
+        check, score = _scorer(request["kind"])
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        # No handlers: some scorers swallow every exception, and a long operation in C runs none.
+        # At these limits the system ends the process.
+        signal.alarm(WALL_SECONDS)
+        _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS)
+        if request["do"] == "check":
+            check(request["reference"])
+            return {"value": None}
+        return {"value": float(score(request["reference"], request["answer"]))}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+    finally:
+        signal.alarm(0)
+
+
+def _limit(which: int, soft: int) -> None:
+    hard = resource.getrlimit(which)[1]
+    resource.setrlimit(which, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+@lru_cache
+def _scorer(kind: str) -> tuple[Callable[[str], object], Callable[[str, str], float]]:
+    if kind == "math":
+        import math_verify  # noqa: F401  (its import is not a row's time)
+
+        return _gold, _math_score
+    import reasoning_gym  # noqa: F401
+
+    return _check_entry, _entry_score
+
+
+@lru_cache(maxsize=4096)
+def _gold(reference: str) -> list[Any]:
+    """The reference as math-verify's expressions; ValueError where it finds none."""
+    from math_verify import parse
+
+    value = json.loads(reference, parse_int=str, parse_float=_plain_float)
+    if not isinstance(value, str):
+        raise ValueError("a number, or a string that holds an expression, is needed")
+    text = value.rpartition("####")[2].strip()
+    if not any(sign in text for sign in _LATEX_SIGNS):
+        text = f"\\boxed{{{text}}}"
+    found = parse(text, parsing_timeout=None, raise_on_error=True)
+    if all(isinstance(expression, str) for expression in found):
+        raise ValueError("math-verify finds no expression in it")
+    return list(found)
+
+
+def _math_score(reference: str, text: str) -> float:
+    from math_verify import parse, verify
+
+    gold = _gold(reference)
+    found = parse(text, parsing_timeout=None, raise_on_error=True)
+    failed: Exception | None = None
+    for wanted in gold:
+        for candidate in found:
+            # One pair at a time: a pair that cannot be compared must not hide another that is equal,
+            # and must not count as unequal in silence either.
+            try:
+                if verify(wanted, candidate, timeout_seconds=None, raise_on_error=True):
+                    return 1.0
+            except Exception as error:
+                failed = error
+    if failed is not None:
+        raise failed
+    return 0.0
+
+
+def _plain_float(text: str) -> str:
+    """Without an exponent, whose letter would be read as Euler's number."""
+    return f"{Decimal(text):f}"
+
+
+def _read_entry(reference: str) -> tuple[Any, dict[str, Any]]:
+    value = json.loads(reference)
+    return _dataset(value["task"], json.dumps(value["parameters"])), value["entry"]
+
+
+@lru_cache(maxsize=64)
+def _dataset(task: str, parameters: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, **json.loads(parameters))
+
+
+def _entry_score(reference: str, answer: str) -> float:
+    # Read anew for every row: a scorer may change the entry it is given.
+    dataset, entry = _read_entry(reference)
+    return float(dataset.score_answer(answer, entry))
+
+
+def _check_entry(reference: str) -> None:
+    dataset, entry = _read_entry(reference)
+    answer = entry["answer"]
+    if answer is None:  # tasks with many right answers give none
+        return
+    score = dataset.score_answer(answer, entry)
+    if not score >= 1 - 1e-9:
+        raise ValueError(
+            f"reasoning-gym gives the entry's own answer {score} instead of 1; "
+            "its metadata did not survive JSON, or the parameters differ from those it was made with"
+        )
+
+
+if __name__ == "__main__":
+    main()
