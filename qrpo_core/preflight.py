@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pyarrow.compute as pc
-
-from qrpo_core.errors import DataError
 from qrpo_core.plan import prompt_table
-from qrpo_core.rewards.registry import needs_reference
+from qrpo_core.rewards.registry import check_references
 from qrpo_core.steps import policies, prompts
 from qrpo_core.steps.workspace import Workspace
 
@@ -19,12 +16,5 @@ def check(workspace: Workspace) -> None:
     """
     policies.source_of(workspace)
     table = prompt_table(workspace, prompts.recipe(workspace))
-    without = pc.sum(pc.is_null(table["reference"])).as_py()
-    if without and needs_reference(workspace.experiment.reward):
-        row = table.filter(pc.is_null(table["reference"])).slice(0, 1).to_pylist()[0]
-        raise DataError(
-            f"{without} of {len(table)} prompts have no reference, and reward {workspace.experiment.reward.kind!r} "
-            "checks against one",
-            where=row["source"],
-            remedy="set prompts.reference_field, or use a reward that needs none",
-        )
+    references = zip(table["source"].to_pylist(), table["reference"].to_pylist(), strict=True)
+    check_references(workspace.experiment.reward, references)

@@ -70,7 +70,7 @@ def _build(recipe: Recipe, store: Any, build: Callable[[], Manifest]) -> str:
     return recipe.path
 
 
-def fill(step: BlockStep, workspace: Workspace) -> Stage:
+def fill(workspace: Workspace, step: BlockStep) -> Stage:
     """A block stage: compute the rows that are asked for and not in the store."""
     started = time.monotonic()
     wanted = sum(step.wanted.values())

@@ -150,9 +150,14 @@ def _training_cost(train: Manifest) -> dict[str, Any]:
 def filtered(artifacts: Mapping[str, Manifest]) -> list[dict[str, Any]]:
     """Everything that was left out, merged or not scored, with counts; zeros are kept and shown."""
     prompts, quantiles = artifacts["prompts"].facts, artifacts["quantiles"].facts
+    counts = prompts["counts"]
     rows = [
-        {"what": f"prompts {name.replace('_', ' ')}", "count": count, "why": "prompt source"}
-        for name, count in prompts["counts"].items()
+        {
+            "what": "source rows merged",
+            "count": counts["merged"],
+            "why": "the same conversation as an earlier row",
+        },
+        {"what": "source rows not taken", "count": counts["filtered"], "why": "prompts.limit"},
     ]
     failed = {status: count for status, count in quantiles["status"].items() if status != "ok"}
     rows += [

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
 from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
 from qrpo_core.data.collator import Example
+from qrpo_core.engines.numerics import native_bfloat16, pick_device
 from qrpo_core.errors import ObjectiveError
+from qrpo_core.policy import load_model, load_tokenizer
 from qrpo_core.train.trainer import QRPOTrainer
 
 #: Called after every optimiser step with (step, steps in all, what was logged).
@@ -35,8 +38,8 @@ def train_policy(
     0.1 has a grid of 5e-4, which would swallow most updates. Returns what was logged, one entry a step.
     """
     set_seed(training.seed)
-    policy = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    policy = load_model(directory, "float32")
+    tokenizer = load_tokenizer(directory)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     history: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="qrpo-train-") as scratch:
@@ -48,12 +51,14 @@ def train_policy(
             pad_token_id=pad or 0,
             callbacks=[_History(history, on_step)],
         )
+        trainer.remove_callback(PrinterCallback)  # progress is on_step's affair
         trainer.train()
     bad = [entry for entry in history if entry["loss"] != entry["loss"]]
     if bad:
         raise ObjectiveError(
             f"the loss is NaN at step {bad[0]['step']:.0f}", remedy="lower training.learning_rate"
         )
+    transformers_logging.disable_progress_bar()  # the stage has a bar of its own
     policy.to(getattr(torch, model.dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return history
@@ -63,7 +68,7 @@ def _arguments(training: TrainingConfig, scratch: str) -> TrainingArguments:
     micro = min(training.micro_batch_size, training.batch_size)
     return TrainingArguments(
         output_dir=scratch,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=pick_device().type == "cpu",
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=training.batch_size // micro,
         learning_rate=training.learning_rate,
@@ -72,8 +77,9 @@ def _arguments(training: TrainingConfig, scratch: str) -> TrainingArguments:
         lr_scheduler_type=training.schedule,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        bf16=training.precision == "bf16",
-        gradient_checkpointing=training.gradient_checkpointing,
+        # Where bfloat16 is not native the engine scores in float32, and so must the trainer.
+        bf16=training.precision == "bf16" and native_bfloat16(pick_device()),
+        activation_checkpointing=training.gradient_checkpointing,
         seed=training.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN loss must be seen, not skipped
@@ -81,7 +87,7 @@ def _arguments(training: TrainingConfig, scratch: str) -> TrainingArguments:
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=pick_device().type == "cuda",
     )
 
 

@@ -1,0 +1,245 @@
+"""Prompts that are drawn, not read: sentences over word lists, and reasoning-gym tasks.
+
+Both draws have the prefix property: raising `size` keeps the earlier prompts, in their order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from qrpo_core import ids
+from qrpo_core.config import PromptsConfig
+from qrpo_core.data.rows import Row, check_prompt, nearest
+from qrpo_core.errors import ConfigError, DataError
+
+#: Most combinations of templates and words: all of them are ranked, which takes some 10 s at this number.
+MAX_COMBINATIONS = 1_000_000
+
+#: Items of one reasoning-gym data set. Fixed, because some tasks draw other items for another size.
+CHUNK = 1000
+
+#: Distance of the library's seeds between neighbouring prompts.seed: its item i has seed `seed + i`, so
+#: seeds 0 and 1 of the library share all items but one.
+SEED_STRIDE = 1_000_000
+
+
+def draw_templates(config: PromptsConfig) -> Iterator[Row]:
+    """`config.size` distinct sentences: those whose digest with the seed is smallest.
+
+    The rank of a sentence depends on the seed and its text alone, so a larger size, another word or
+    another template leaves the sentences drawn so far in the draw (or pushes a few out), in their order.
+    Raises ConfigError for a slot without words, words without a slot, or a size beyond what is possible.
+    """
+    slots = [_slots(template, number) for number, template in enumerate(config.templates)]
+    _check_words(config, slots)
+    combinations = sum(math.prod(len(config.words[name]) for name in names) for names in slots)
+    if combinations > MAX_COMBINATIONS:
+        raise ConfigError(
+            f"templates and words give {combinations:,} combinations, more than {MAX_COMBINATIONS:,}",
+            where="prompts.words",
+            remedy="shorten the word lists or use fewer slots in a template",
+        )
+    sentences: dict[str, str] = {}
+    for number, (template, names) in enumerate(zip(config.templates, slots, strict=True)):
+        for words in itertools.product(*(config.words[name] for name in names)):
+            text = template.format_map(dict(zip(names, words, strict=True)))
+            sentences.setdefault(text, f"template {number}")
+    size = config.size or 0
+    if size > len(sentences):
+        raise ConfigError(
+            f"prompts.size is {size:,}, but templates and words give {len(sentences):,} distinct prompts",
+            where="prompts.size",
+            remedy=f"set it to {len(sentences):,} or less, or add words",
+        )
+    ranked = sorted(sentences, key=lambda text: ids.digest_json([config.seed, text]))
+    for text in ranked[:size]:
+        messages = [{"role": "user", "content": text}]
+        check_prompt(messages, sentences[text], "prompts.templates")
+        yield Row(messages, sentences[text])
+
+
+def _slots(template: str, number: int) -> list[str]:
+    """Names of a template's slots, in order of first appearance."""
+    where = f"prompts.templates[{number}]"
+    names: dict[str, None] = {}
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot read template {template!r}: {error}", where=where, remedy="write a literal brace twice"
+        ) from None
+    for _, name, spec, conversion in fields:
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ConfigError(
+                f"slot {name!r} of template {template!r} is not a plain name",
+                where=where,
+                remedy="write slots as {name}, a literal brace twice",
+            )
+        names[name] = None
+    return list(names)
+
+
+def _check_words(config: PromptsConfig, slots: list[list[str]]) -> None:
+    used = {name for names in slots for name in names}
+    for number, names in enumerate(slots):
+        for name in names:
+            if name not in config.words:
+                known = nearest(name, config.words) if config.words else "there are no lists"
+                raise ConfigError(
+                    f"slot {name!r} of template {config.templates[number]!r} has no word list",
+                    where=f"prompts.templates[{number}]",
+                    remedy=f"add prompts.words.{name}; {known}",
+                )
+    for name, words in config.words.items():
+        if name not in used:
+            remedy = nearest(name, used) if used else "remove it"
+            raise ConfigError(
+                f"no template has a slot {name!r}", where=f"prompts.words.{name}", remedy=remedy
+            )
+        if not words:
+            raise ConfigError(
+                f"the word list of {name!r} is empty", where=f"prompts.words.{name}", remedy="add words"
+            )
+
+
+def draw_tasks(config: PromptsConfig, notes: Counter[str]) -> Iterator[Row]:
+    """`config.size` distinct questions of a reasoning-gym task, in the order of the library's items.
+
+    Item i is item i % CHUNK of the library's data set with seed `SEED_STRIDE * seed + CHUNK * (i // CHUNK)`
+    and size CHUNK (its own default stream for prompts.seed 0). A question drawn again is passed over and
+    counted in notes["repeated"].
+
+    The reference is {"task", "parameters", "entry"}: all that the task's own scorer needs. It is checked
+    for every item that the scorer gives the item's answer the same mark with the entry as it comes back
+    from JSON; tasks whose entries JSON cannot hold (Fractions, tuples that the scorer compares) are refused.
+
+    Some tasks (with reasoning-gym 0.1.25: isomorphic_strings, knight_swap, polynomial_multiplication,
+    ransom_note, word_ladder) iterate over sets of strings and draw other items in another process unless
+    PYTHONHASHSEED is set.
+    """
+    size, task = config.size or 0, config.task or ""
+    first: dict[str, tuple[dict[str, Any], str]] = {}
+    for drawn in itertools.count():
+        if len(first) == size:
+            return
+        if drawn > 20 * size + CHUNK:
+            raise DataError(
+                f"task {task!r} gave {len(first):,} distinct questions in {drawn:,} draws, size is {size:,}",
+                where="prompts.size",
+                remedy=f"set prompts.size to {len(first):,} or less, or widen prompts.parameters",
+            )
+        chunk, index = divmod(drawn, CHUNK)
+        if index == 0:
+            seed = SEED_STRIDE * config.seed + CHUNK * chunk
+            data = _create(config, seed)
+        source = f"{task}(seed={seed})[{index}]"
+        entry = _entry(data, index, source)
+        question = entry["question"]
+        if question in first:
+            _check_repeat(data, entry, source, *first[question])
+            notes["repeated"] += 1
+            continue
+        first[question] = entry, source
+        reference = {"task": task, "parameters": config.parameters, "entry": entry}
+        yield Row([{"role": "user", "content": question}], source, reference)
+
+
+def _create(config: PromptsConfig, seed: int) -> Any:
+    """The library's data set of the task, parameters checked."""
+    from dataclasses import fields
+
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    task = config.task or ""
+    if task not in DATASETS:
+        raise ConfigError(
+            f"unknown reasoning-gym task {task!r}", where="prompts.task", remedy=nearest(task, DATASETS)
+        )
+    known = [field.name for field in fields(DATASETS[task][1]) if field.name not in ("seed", "size")]
+    for name in config.parameters:
+        if name in ("seed", "size"):
+            raise ConfigError(
+                f"{name!r} is not a parameter of the task",
+                where=f"prompts.parameters.{name}",
+                remedy=f"set prompts.{name}",
+            )
+        if name not in known:
+            raise ConfigError(
+                f"task {task!r} has no parameter {name!r}",
+                where=f"prompts.parameters.{name}",
+                remedy=nearest(name, known),
+            )
+    try:
+        return create_dataset(task, **config.parameters, seed=seed, size=CHUNK)
+    except Exception as error:  # tasks check by assert, ValueError, or by failing on a wrong type
+        raise ConfigError(
+            f"task {task!r} refuses {config.parameters}: {error or type(error).__name__}",
+            where="prompts.parameters",
+            remedy=f"its parameters are {', '.join(known)}",
+        ) from error
+
+
+def _entry(data: Any, index: int, source: str) -> dict[str, Any]:
+    """One item as JSON gives it back, checked to be worth the same to the task's scorer."""
+    try:
+        item = data[index]
+    except Exception as error:  # any failure of the task's own code
+        raise DataError(
+            f"the task fails to draw an item: {type(error).__name__}: {error}",
+            where=source,
+            remedy="change prompts.parameters or prompts.seed",
+        ) from error
+    remedy = "choose another task; this one cannot be stored and scored later"
+    try:
+        if not _string_keys(item):
+            raise TypeError("a key is not a string")
+        entry: dict[str, Any] = _from_json(item)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the task's entry cannot be written as JSON: {error}", where=source, remedy=remedy
+        ) from None
+    answer = item["answer"]
+    if answer is not None and data.score_answer(answer, item) != _score(data, answer, entry):
+        raise DataError(
+            "the task's scorer judges its own answer otherwise once the entry is written as JSON",
+            where=source,
+            remedy=remedy,
+        )
+    return entry
+
+
+def _check_repeat(data: Any, entry: dict[str, Any], source: str, before: dict[str, Any], place: str) -> None:
+    """Equal questions must have references that agree: each accepts the other's answer as its own."""
+    answer = entry["answer"]
+    if answer is not None and _score(data, answer, before) != _score(data, answer, entry):
+        raise DataError(
+            f"the question of {place} comes again with another answer: {before['answer']!r} and {answer!r}",
+            where=source,
+            remedy="choose another prompts.seed, a smaller prompts.size, or other prompts.parameters",
+        )
+
+
+def _score(data: Any, answer: str, entry: dict[str, Any]) -> float | None:
+    try:
+        return float(data.score_answer(answer, entry))
+    except Exception:  # a scorer that fails on the entry gives no mark, which equals no mark of one that does
+        return None
+
+
+def _string_keys(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _string_keys(below) for key, below in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_string_keys, value))
+
+
+def _from_json(value: Any) -> Any:
+    import json
+
+    return json.loads(ids.canonical_json(value))

@@ -1,0 +1,170 @@
+"""Rows of Hugging Face data sets: by name and revision from the hub, or from a local directory.
+
+A hub data set is pinned to the commit that its revision names before it is read, and what was read is
+checked to be that commit: `datasets` falls back to whatever copy its cache holds when the hub cannot be
+reached. A local directory is read through a temporary cache, so a changed file is never served stale.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qrpo_core import ids
+from qrpo_core.config import PromptsConfig
+from qrpo_core.data.readers import RawRow
+from qrpo_core.data.rows import check_columns
+from qrpo_core.errors import DataError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_BATCH = 1000
+
+
+def hub_identity(config: PromptsConfig) -> dict[str, Any]:
+    """{"commit": ...} of a hub data set, or {"files": {path: sha256}} of a local directory.
+
+    Neither `datasets` nor the rows are loaded. One request to the hub resolves a branch or a tag; a
+    40-digit commit needs none, and with HF_HUB_OFFLINE=1 the local cache answers.
+    """
+    name = config.name or ""
+    if os.path.isdir(name):
+        return {"files": _directory_digests(Path(name), config)}
+    return {"commit": _resolve(name, config.revision)}
+
+
+def read_hub(config: PromptsConfig) -> Iterator[RawRow]:
+    """Rows of one split in order, with places `name[split] row i` (0-based).
+
+    Raises DataError for a data set, revision or split that is not there, and for a missing column.
+    """
+    name = config.name or ""
+    identity = hub_identity(config)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        dataset = _load(config, identity.get("commit"), folder if "files" in identity else None)
+        where = f"{name}[{config.split}]"
+        columns = check_columns(dataset.column_names, config, where)
+        number = 0
+        for batch in dataset.select_columns(columns).iter(batch_size=_BATCH):
+            for values in zip(*(batch[column] for column in columns), strict=True):
+                yield dict(zip(columns, values, strict=True)), f"{where} row {number}"
+                number += 1
+
+
+def _load(config: PromptsConfig, commit: str | None, cache: str | None) -> Any:
+    import datasets
+
+    name = config.name or ""
+    try:
+        builder = datasets.load_dataset_builder(name, revision=commit, cache_dir=cache)
+        builder.download_and_prepare()
+        known = [str(split) for split in builder.info.splits or {}]
+        if re.split(r"[\[+]", config.split)[0] not in known:
+            raise DataError(
+                f"data set {name!r} has no split {config.split!r}",
+                where="prompts.split",
+                remedy=f"it has {', '.join(known)}",
+            )
+        dataset = builder.as_dataset(split=config.split)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises families of its own and of the hub's client
+        raise DataError(
+            f"cannot load data set {name!r}: {_brief(error)}",
+            where="prompts.name",
+            remedy="check name, revision and connection, or save the rows as JSONL or Parquet (kind 'file')",
+        ) from error
+    if commit is not None and builder.hash != commit:
+        raise DataError(
+            f"the cached copy of {name!r} is {builder.hash}, asked for {commit}",
+            where="prompts.revision",
+            remedy="load it once with the hub in reach, or set prompts.revision to the copy's commit",
+        )
+    return dataset
+
+
+def _resolve(name: str, revision: str | None) -> str:
+    """The commit that a revision (default: main) of a hub data set names."""
+    if revision and _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    if constants.is_offline_mode():
+        folder = repo_folder_name(repo_id=name, repo_type="dataset")
+        ref = Path(constants.HF_HUB_CACHE) / folder / "refs" / (revision or "main")
+        if ref.is_file():
+            return ref.read_text().strip()
+        raise DataError(
+            f"no data set directory {name!r}, and HF_HUB_OFFLINE is set with no copy of it in the cache",
+            where="prompts.name",
+            remedy="give a directory that exists, or load it once with the hub in reach",
+        )
+    try:
+        commit = HfApi().dataset_info(name, revision=revision).sha
+    except RevisionNotFoundError:
+        raise DataError(
+            f"data set {name!r} has no revision {revision!r}",
+            where="prompts.revision",
+            remedy="give a branch, a tag or a commit",
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise DataError(
+            f"no data set {name!r}, neither as a directory nor on the hub",
+            where="prompts.name",
+            remedy="check the name; a private data set needs HF_TOKEN",
+        ) from None
+    except Exception as error:  # network errors of the client's transport
+        raise DataError(
+            f"the hub cannot be asked for data set {name!r}: {_brief(error)}",
+            where="prompts.name",
+            remedy="try again, or set HF_HUB_OFFLINE=1 to use the copy in the cache",
+        ) from error
+    if commit is None:
+        raise DataError(f"the hub names no commit of data set {name!r}", where="prompts.name")
+    return commit
+
+
+def _directory_digests(folder: Path, config: PromptsConfig) -> dict[str, str]:
+    if config.revision is not None:
+        raise DataError(
+            f"revision {config.revision!r} of a local directory",
+            where="prompts.revision",
+            remedy="remove it; the files themselves are the revision",
+        )
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        # Hidden folders and files hold no rows, but .huggingface.yaml says which files do.
+        hidden = any(part.startswith(".") for part in parts) and parts != (".huggingface.yaml",)
+        if path.is_file() and not hidden:
+            digests["/".join(parts)] = ids.digest_file(path)
+    if not digests:
+        raise DataError(
+            f"no files in {str(folder)!r}", where="prompts.name", remedy="put JSONL or Parquet there"
+        )
+    return digests
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the library: the caller shows its own."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

