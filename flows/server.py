@@ -73,12 +73,13 @@ def quiet_console() -> None:
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Whether the console shows it. A QRPOError not: the flow raises it, and its caller has one line for it
-    where Prefect has a traceback for the task and one for every flow around it."""
+    """Whether the console shows it. Not a QRPOError or Ctrl-C: the flow raises them, and its caller has one
+    line for it where Prefect has several, or a traceback, for the task and for every flow around it."""
     if not record.name.startswith(("prefect.flow_runs", "prefect.task_runs")):
         return True
-    told = record.exc_info is not None and isinstance(record.exc_info[1], QRPOError)
-    return not (told or str(record.msg).startswith("Finished in state"))
+    told = isinstance((record.exc_info or (None, None))[1], QRPOError)
+    ended = ("Finished in state", "Crash detected! Execution was aborted by an interrupt")
+    return not (told or record.getMessage().startswith(ended))
 
 
 class PrefectServer:

@@ -219,11 +219,12 @@ def _package_file(path: str) -> Path:
 def _gguf(file: Path, given: str) -> ModelSource:
     if not file.is_file():
         raise ModelError(f"no file {str(file)!r}", where=given, remedy="give the path of a .gguf file")
-    with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content[:4] != b"GGUF":
+    with open(file, "rb") as handle:
+        if handle.read(4) != b"GGUF":
             raise ModelError("not a GGUF file", where=given, remedy="the file must begin with 'GGUF'")
-        if content.find(b"tokenizer.chat_template") < 0:
-            raise ModelError("the GGUF file holds no chat template", where=given, remedy=_TEMPLATE_REMEDY)
+        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"tokenizer.chat_template") < 0:
+                raise ModelError("the GGUF file holds no chat template", where=given, remedy=_TEMPLATE_REMEDY)
     return ModelSource("gguf", str(file.resolve()), {"kind": "gguf", "digest": _file_digests([file])[0]})
 
 

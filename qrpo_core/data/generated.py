@@ -6,10 +6,13 @@ Both draws have the prefix property: raising `size` keeps the earlier prompts, i
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import random
 import string
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from qrpo_core import ids
@@ -138,9 +141,11 @@ def draw_tasks(config: PromptsConfig, notes: Counter[str]) -> Iterator[Row]:
         chunk, index = divmod(drawn, CHUNK)
         if index == 0:
             seed = SEED_STRIDE * config.seed + CHUNK * chunk
-            data = _create(config, seed)
+            with _global_random(seed):
+                data = _create(config, seed)
         source = f"{task}(seed={seed})[{index}]"
-        entry = _entry(data, index, source)
+        with _global_random(seed + index):
+            entry = _entry(data, index, source)
         question = entry["question"]
         if question in first:
             _check_repeat(data, entry, source, *first[question])
@@ -200,7 +205,7 @@ def _entry(data: Any, index: int, source: str) -> dict[str, Any]:
     try:
         if not _string_keys(item):
             raise TypeError("a key is not a string")
-        entry: dict[str, Any] = _from_json(item)
+        entry: dict[str, Any] = json.loads(ids.canonical_json(item))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"the task's entry cannot be written as JSON: {error}", where=source, remedy=remedy
@@ -239,7 +244,12 @@ def _string_keys(value: Any) -> bool:
     return not isinstance(value, (list, tuple)) or all(map(_string_keys, value))
 
 
-def _from_json(value: Any) -> Any:
-    import json
-
-    return json.loads(ids.canonical_json(value))
+@contextmanager
+def _global_random(seed: int) -> Iterator[None]:
+    """Seed Python's global generator for a while: list_functions draws from it, whatever its own seed."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)

@@ -84,6 +84,11 @@ def _load(config: PromptsConfig, commit: str | None, cache: str | None) -> Any:
             where="prompts.revision",
             remedy="load it once with the hub in reach, or set prompts.revision to the copy's commit",
         )
+    if commit is not None and commit != config.revision:
+        # Loaded by its commit, the library does not note which branch that was; offline runs ask for it.
+        ref = _ref(name, config.revision)
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
     return dataset
 
 
@@ -91,13 +96,11 @@ def _resolve(name: str, revision: str | None) -> str:
     """The commit that a revision (default: main) of a hub data set names."""
     if revision and _COMMIT.fullmatch(revision):
         return revision
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.file_download import repo_folder_name
 
-    if constants.is_offline_mode():
-        folder = repo_folder_name(repo_id=name, repo_type="dataset")
-        ref = Path(constants.HF_HUB_CACHE) / folder / "refs" / (revision or "main")
+    if is_offline_mode():
+        ref = _ref(name, revision)
         if ref.is_file():
             return ref.read_text().strip()
         raise DataError(
@@ -128,6 +131,15 @@ def _resolve(name: str, revision: str | None) -> str:
     if commit is None:
         raise DataError(f"the hub names no commit of data set {name!r}", where="prompts.name")
     return commit
+
+
+def _ref(name: str, revision: str | None) -> Path:
+    """Where the hub's cache keeps the commit of a branch or tag."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=name, repo_type="dataset")
+    return Path(constants.HF_HUB_CACHE) / folder / "refs" / (revision or "main")
 
 
 def _directory_digests(folder: Path, config: PromptsConfig) -> dict[str, str]:
@@ -165,6 +177,9 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _brief(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+def _brief(error: BaseException) -> str:
+    """One line about the root of a chain of errors: what the libraries raise on top says less."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

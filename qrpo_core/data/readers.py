@@ -119,7 +119,7 @@ def _read_lines(path: str, storage_options: dict[str, Any] | None, notes: Counte
 
 def _parse_line(line: bytes, place: str) -> dict[str, Any]:
     try:
-        row = _DECODER.decode(line.decode())
+        row = _DECODER.decode(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"the row is not UTF-8 at byte {error.start}", where=place, remedy="save the file as UTF-8"

@@ -71,7 +71,7 @@ def _pick(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     block, rest = _locate(mass, noise, scale=True)
     inside = blocks[torch.arange(rows, device=weights.device), block].double()
     place, _ = _locate(inside, rest, scale=False)
-    return block * _BLOCK + place
+    return (block * _BLOCK + place).clamp(max=vocab - 1)
 
 
 def _locate(mass: torch.Tensor, target: torch.Tensor, *, scale: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +87,7 @@ def _locate(mass: torch.Tensor, target: torch.Tensor, *, scale: bool) -> tuple[t
         target * total if scale else target, torch.nextafter(total, torch.zeros_like(total))
     )
     place = torch.searchsorted(running, wanted[:, None].clamp(min=0.0), right=True).squeeze(-1)
+    place = place.clamp(max=mass.shape[-1] - 1)  # NaN passes every sum: any token, log-prob NaN
     before = running.gather(-1, place[:, None]).squeeze(-1) - mass.gather(-1, place[:, None]).squeeze(-1)
     return place, wanted - before
 

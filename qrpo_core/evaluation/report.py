@@ -87,6 +87,24 @@ def render_report(data: ReportInput) -> str:
     import yaml
     from markupsafe import Markup
 
+    columns, stage_rows = stages(data.stages)
+    # The tables first: what is wrong with a row is said before anything is drawn.
+    tables = {
+        "name": str(data.experiment.get("name", "experiment")),
+        "headline": headline(data.evaluation),
+        "tiles": tiles(data.evaluation, data.diagnostics),
+        "summary": summary_rows(data.evaluation),
+        "kl_note": data.evaluation.kl.note,
+        "interval_note": interval_note(data.evaluation),
+        "objective": objective_rows(data.diagnostics),
+        "examples": [example(row, place, data.evaluation) for place, row in enumerate(data.examples)],
+        "example_rule": data.example_rule,
+        "filtered": filtered(data.filtered, data.evaluation),
+        "stage_columns": columns,
+        "stages": stage_rows,
+        "settings": yaml.safe_dump(dict(data.experiment), sort_keys=False, allow_unicode=True, width=100),
+        "lineage": [(str(name), str(value)) for name, value in data.lineage.items()],
+    }
     drawn = [
         {
             "name": each.name,
@@ -100,25 +118,8 @@ def render_report(data: ReportInput) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = (files("qrpo_core.evaluation") / "report.html.j2").read_text(encoding="utf-8")
-    columns, stage_rows = stages(data.stages)
-    return environment.from_string(template).render(
-        name=str(data.experiment.get("name", "experiment")),
-        headline=headline(data.evaluation),
-        tiles=tiles(data.evaluation, data.diagnostics),
-        figures=drawn,
-        missing=_missing({each["name"] for each in drawn}),
-        summary=summary_rows(data.evaluation),
-        kl_note=data.evaluation.kl.note,
-        interval_note=interval_note(data.evaluation),
-        objective=objective_rows(data.diagnostics),
-        examples=[example(row, place, data.evaluation) for place, row in enumerate(data.examples)],
-        example_rule=data.example_rule,
-        filtered=filtered(data.filtered, data.evaluation),
-        stage_columns=columns,
-        stages=stage_rows,
-        settings=yaml.safe_dump(dict(data.experiment), sort_keys=False, allow_unicode=True, width=100),
-        lineage=[(str(name), str(value)) for name, value in data.lineage.items()],
-    )
+    missing = _missing({each["name"] for each in drawn})
+    return environment.from_string(template).render(**tables, figures=drawn, missing=missing)
 
 
 def report_figures(data: ReportInput) -> list[ReportFigure]:

@@ -9,31 +9,24 @@ as an explicit choice that must fit the convention (section 3).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qrpo_core.errors import ObjectiveError
-from qrpo_core.objective.checks import (
-    FloatArray,
-    IntArray,
-    finite_rewards,
-    integers,
-    listed,
-    positive_beta,
-    same_length,
+from qrpo_core.objective.checks import FloatArray, integers, positive_beta, same_length
+from qrpo_core.objective.normalisers import (
+    NORMALISERS,
+    TIE_TOLERANCE,
+    Normaliser,
+    check_minimum,
+    log_partition_parts,
+    references_of,
+    required,
+    resolve,
 )
-from qrpo_core.objective.partition import finite_parts, segment_parts
-from qrpo_core.objective.quantiles import (
-    Convention,
-    RankCounts,
-    has_ties,
-    leave_one_out_counts,
-    quantile,
-    tie_rate,
-)
-from qrpo_core.objective.references import group_by_prompt
+from qrpo_core.objective.quantiles import Convention, RankCounts, has_ties, leave_one_out_counts, quantile
 from qrpo_core.objective.transform_base import RewardTransform
 
 __all__ = [
@@ -44,15 +37,6 @@ __all__ = [
     "has_ties",
     "reference_targets",
 ]
-
-Normaliser = Literal["population", "finite", "empirical"]
-NORMALISERS: tuple[Normaliser, ...] = get_args(Normaliser)
-
-_T = TypeVar("_T")
-
-TIE_TOLERANCE = 0.01
-"""Tied share of the references up to which `population` and `finite` are accepted: a few duplicate
-completions among continuous rewards do not move Z."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +72,6 @@ class CalibratedTargets:
         return len(self.target)
 
 
-@dataclass(frozen=True, eq=False)
-class _References:
-    prompt: IntArray
-    rewards: FloatArray
-    seeds: NDArray[np.uint64] | None
-
-
 def calibrated_targets(
     counts: RankCounts,
     *,
@@ -119,21 +96,13 @@ def calibrated_targets(
     transform : f. With parameters that vary by prompt, `prompt` codes are indices into them.
     beta : KL strength, > 0; a number or [samples].
     convention : weak (the paper's), mid, strict or randomized; see `quantile`.
-    normaliser :
-        population - the integral of exp(f(t)/beta): the paper's. Right without ties as n grows, and with
-            ties for `randomized`.
-        finite - the mean over k = 0..n of exp(f(k/n)/beta), n the sample's own: exact without ties.
-        empirical - log mean exp(f/beta) over the prompt's own references ranked leave-one-out among
-            themselves under the same convention: adapts to ties; a prompt with equal rewards gets target 0.
-        auto - empirical if any two references of a prompt tie, else population.
+    normaliser : population (the paper's), finite, empirical or auto; see the `normalisers` module.
     prompt : [samples] integer codes; for `empirical` and for transforms that vary by prompt.
     reference_prompt, reference_rewards : [references]; for `empirical` and `auto`, and to measure ties.
     seeds, reference_seeds : uint64 [samples], [references]; for `randomized`.
-    lengths : [samples] tokens of each completion in the loss (end token included). Given, beta is
-        divided by them and log Z is that of the divided beta.
-    beta_max : largest beta/length. Not applied unless given; how often it binds is counted.
-    tie_tolerance : tied share of the references above which `population` (unless `randomized`) and
-        `finite` are refused. 1.0 accepts everything, for the published pairing on tied rewards.
+    lengths : [samples] completion tokens in the loss. Given, beta is divided by them, also in log Z.
+    beta_max : largest beta/length, if any; how often it binds is counted.
+    tie_tolerance : tied share of references above which a normaliser that ties break is refused; 1 never.
 
     Raises
     ------
@@ -143,21 +112,15 @@ def calibrated_targets(
     codes = None if prompt is None else integers(prompt, what="prompt codes")
     rows = same_length(counts=counts.n, prompt=codes)
     betas, bound = _betas(beta, lengths, beta_max, rows)
-    references = _references(reference_prompt, reference_rewards, reference_seeds)
-    _check_minimum(transform, counts.n, codes, "references")
-    chosen = _resolve(normaliser, convention, references, counts, tie_tolerance)
+    references = references_of(reference_prompt, reference_rewards, reference_seeds)
+    check_minimum(transform, counts.n, codes, "references")
+    chosen = resolve(normaliser, convention, references, counts, tie_tolerance)
+    here = transform
     if transform.varies_by_prompt:
-        transform_here = transform.at(_required(codes, "prompt", "a transform that varies by prompt"))
-    else:
-        transform_here = transform
+        here = transform.at(required(codes, "prompt", "a transform that varies by prompt"))
     q = quantile(counts.below, counts.equal, counts.n, convention, seeds)
-    transformed = transform_here.apply(q, counts.n)
-    if chosen == "population":
-        top, rest = np.zeros(rows), _population(transform_here, betas)
-    elif chosen == "finite":
-        top, rest = _finite(transform, betas, counts.n, codes)
-    else:
-        top, rest = _empirical(transform, betas, convention, codes, references)
+    transformed = here.apply(q, counts.n)
+    top, rest = log_partition_parts(chosen, transform, betas, convention, counts.n, codes, references)
     return CalibratedTargets(
         quantile=q,
         transformed=transformed,
@@ -229,116 +192,3 @@ def _betas(
     limit = float(positive_beta(beta_max))
     bound = betas > limit
     return np.where(bound, limit, betas), int(bound.sum())
-
-
-def _references(
-    prompt: ArrayLike | None, rewards: ArrayLike | None, seeds: NDArray[np.uint64] | None
-) -> _References | None:
-    if prompt is None and rewards is None:
-        return None
-    if prompt is None or rewards is None:
-        raise ObjectiveError(
-            "reference_prompt and reference_rewards go together", remedy="pass both or neither"
-        )
-    codes = integers(prompt, what="reference prompt codes")
-    values = finite_rewards(rewards, what="reference rewards")
-    same_length(reference_prompt=codes, reference_rewards=values, reference_seeds=seeds)
-    return _References(codes, values, seeds)
-
-
-def _check_minimum(transform: RewardTransform, n: IntArray, prompt: IntArray | None, what: str) -> None:
-    short = n < transform.min_references
-    if short.any():
-        where = None if prompt is None else f"prompt codes {listed(np.unique(prompt[short]))}, {what}"
-        transform.check_references(n, where=where)
-
-
-def _resolve(
-    normaliser: Normaliser | Literal["auto"],
-    convention: Convention,
-    references: _References | None,
-    counts: RankCounts,
-    tolerance: float,
-) -> Normaliser:
-    """The normaliser to use; refused where it is not the mean of exp(f/beta) under this convention."""
-    if normaliser not in (*NORMALISERS, "auto"):
-        raise ObjectiveError(f"unknown normaliser {normaliser!r}", remedy=f"auto, {', '.join(NORMALISERS)}")
-    if normaliser == "empirical":
-        return "empirical"
-    if normaliser == "auto":
-        held = _required(references, "reference_prompt and reference_rewards", "the auto normaliser")
-        return "empirical" if has_ties(held.prompt, held.rewards) else "population"
-    if normaliser == "population" and convention == "randomized":
-        return "population"  # a randomised rank is uniform, ties or not
-    if references is not None:
-        tied = tie_rate(references.prompt, references.rewards)
-    else:
-        tied = float((counts.equal > 0).mean()) if len(counts) else 0.0
-    if tied > tolerance:
-        raise ObjectiveError(
-            f"the {normaliser} normaliser does not fit the {convention} convention where rewards tie: "
-            f"{tied:.1%} of them are tied (tolerance {tolerance:.1%})",
-            remedy="use normaliser 'empirical' or 'auto' (or 'population' with convention 'randomized'); "
-            "tie_tolerance = 1 keeps the published pairing, with E_ref exp(target/beta) far from 1",
-        )
-    return normaliser
-
-
-def _population(transform: RewardTransform, beta: FloatArray) -> FloatArray:
-    if transform.varies_by_prompt:
-        return transform.log_partition(beta)
-    distinct, inverse = np.unique(beta, return_inverse=True)
-    return np.atleast_1d(transform.log_partition(distinct))[inverse]
-
-
-def _finite(
-    transform: RewardTransform, beta: FloatArray, n: IntArray, prompt: IntArray | None
-) -> tuple[FloatArray, FloatArray]:
-    if transform.varies_by_prompt:
-        return finite_parts(transform, beta, n, prompt)
-    # (n, beta) takes few values: one sum for each pair.
-    betas, which = np.unique(beta, return_inverse=True)
-    keys, inverse = np.unique(n * len(betas) + which, return_inverse=True)
-    top, rest = finite_parts(transform, betas[keys % len(betas)], keys // len(betas))
-    return top[inverse], rest[inverse]
-
-
-def _empirical(
-    transform: RewardTransform,
-    beta: FloatArray,
-    convention: Convention,
-    prompt: IntArray | None,
-    references: _References | None,
-) -> tuple[FloatArray, FloatArray]:
-    """log mean exp(f/beta) over the references of each sample's prompt, as (max, rest) (method.md 3.4)."""
-    codes = _required(prompt, "prompt", "the empirical normaliser")
-    held = _required(references, "reference_prompt and reference_rewards", "the empirical normaliser")
-    groups = group_by_prompt(held.prompt)
-    single = groups.codes[groups.counts < 2]
-    if len(single):
-        raise ObjectiveError(
-            f"{len(single)} prompts have one reference, which cannot be ranked with itself left out",
-            where=f"prompt codes {listed(single)}",
-            remedy="draw at least two references for each prompt, or use normaliser 'finite' or 'population'",
-        )
-    where = groups.position(codes)
-    if (where < 0).any():
-        raise ObjectiveError(
-            "samples of prompts without references",
-            where=f"prompt codes {listed(np.unique(codes[where < 0]))}",
-        )
-    ranks = leave_one_out_counts(held.prompt, held.rewards)
-    _check_minimum(transform, ranks.n, held.prompt, "references left when one is ranked")
-    q = quantile(ranks.below, ranks.equal, ranks.n, convention, held.seeds)
-    values = groups.gather(transform.at(held.prompt).apply(q, ranks.n))
-    if len(beta) and (beta == beta[0]).all():  # one beta: one sum for each prompt instead of each sample
-        used, inverse = np.unique(where, return_inverse=True)
-        top, rest = segment_parts(values, groups.offsets, used, np.full(len(used), beta[0]))
-        return top[inverse], rest[inverse]
-    return segment_parts(values, groups.offsets, where, beta)
-
-
-def _required(value: _T | None, name: str, what: str) -> _T:
-    if value is None:
-        raise ObjectiveError(f"{what} needs {name}", remedy=f"pass {name}")
-    return value

@@ -43,26 +43,19 @@ def case_of(kind: str, directory: Path) -> Case:
             return FakeEngine(chat.vocab_size, chat.stop_token_ids, max_length=MAX_LENGTH)
 
         return Case(fake, chat.vocab_size, chat.stop_token_ids, 1e-12)
-    _, dtype, precision = kind.split("-")
+    dtype = kind.removeprefix("transformers-")
 
     def real(batch_size: int) -> Engine:
-        return make_engine(
-            "transformers",
-            directory,
-            dtype=dtype,
-            batch_size=batch_size,
-            chat=chat,
-            precision=None if precision == "none" else precision,
-        )
+        return make_engine("transformers", directory, dtype=dtype, batch_size=batch_size, chat=chat)
 
-    # bfloat16 has 8 bits: a logit of 8 is known to 1/32. Where it is not native the engine computes in float32.
-    tolerance = 1.0 if "bf16" in real(1).name or "bfloat16" in real(1).name else 1e-3
+    # bfloat16 has 8 bits: a logit of 8 is known to 1/32. Where it is not native, arithmetic is float32.
+    tolerance = 1.0 if real(1).name.endswith("bfloat16") else 1e-3
     return Case(real, chat.vocab_size, chat.stop_token_ids, tolerance)
 
 
 @pytest.fixture(
     scope="module",
-    params=["fake", "transformers-float32-none", "transformers-bfloat16-none", "transformers-float32-bf16"],
+    params=["fake", "transformers-float32", "transformers-bfloat16"],
 )
 def case(request: pytest.FixtureRequest, tiny_model: Path) -> Case:
     return case_of(request.param, tiny_model)
@@ -166,7 +159,7 @@ class TestFinish:
     ) -> None:
         """With fewer end tokens the same draw goes on: the shorter completion is its beginning."""
         assert len(case.stops) > 1
-        params = replace(params, max_new_tokens=60)
+        params = replace(params, max_new_tokens=40)
         both = engine.sample(requests, params)
         none = engine.sample(requests, replace(params, stop_token_ids=()))
         assert {c.token_ids[-1] for c in both if c.finish_reason == "stop"} == set(case.stops)
@@ -259,7 +252,7 @@ class TestLogprobs:
 
 
 class TestDistribution:
-    """First tokens of 4,000 seeds against the engine's own probabilities: chi-square at fixed seeds."""
+    """First tokens of 2,000 seeds against the engine's own probabilities: chi-square at fixed seeds."""
 
     PROMPT = (72, 105, 33)
 
@@ -269,7 +262,7 @@ class TestDistribution:
     def test_frequencies(
         self, case: Case, engine: Engine, params: SamplingParams, temperature: float, top_p: float
     ) -> None:
-        asked = [SampleRequest("p", i, self.PROMPT, sample_seed(3, "p", i)) for i in range(4000)]
+        asked = [SampleRequest("p", i, self.PROMPT, sample_seed(3, "p", i)) for i in range(2000)]
         params = replace(params, temperature=temperature, top_p=top_p, max_new_tokens=1)
         drawn = [c.token_ids[0] for c in engine.sample(asked, params)]
         expected = self.expected(next_token_logprobs(engine, case, self.PROMPT), temperature, top_p)
@@ -280,7 +273,7 @@ class TestDistribution:
         seen = np.append(counts[~small], counts[small].sum())
         hoped = np.append(expected[~small], expected[small].sum()) * len(drawn)
         seen, hoped = (seen, hoped) if hoped[-1] > 0 else (seen[:-1], hoped[:-1])
-        assert len(seen) > 3
+        assert len(seen) > 2
         assert chisquare(seen, hoped).pvalue > 1e-3
 
     @staticmethod

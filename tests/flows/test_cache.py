@@ -35,10 +35,12 @@ MANIFEST = f"{RECIPE.path}/manifest.json"
 @pytest.fixture(scope="module", autouse=True)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A server of the module's own, whatever the machine has configured."""
+    home = tmp_path_factory.mktemp("prefect")
+    settings: Any = {"api.url": None, "results.local_storage_path": home / "storage"}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with temporary_settings({"api.url": None}), prefect_server():
+        patch.setenv("PREFECT_HOME", str(home))
+        with temporary_settings(settings), prefect_server():
             yield
 
 

@@ -179,6 +179,7 @@ def test_ctrl_c_reaches_the_run_alone_which_still_records_how_it_ended(
     _, err = run.communicate(timeout=60)
     assert run.returncode != 0
     assert "KeyboardInterrupt" in err
+    assert "| ERROR" not in err  # the one who called the flow tells it
     assert not alive(pid)
     assert recorded(home, "flow_run") - before == {"CRASHED": 2}
     assert recorded(home, "task_run")["RUNNING"] == 0

@@ -159,14 +159,14 @@ def bucket():
     import s3fs
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer("127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     options = {
         "key": "test",
         "secret": "test",
         "endpoint_url": f"http://{host}:{port}",
-        "client_kwargs": {"region_name": "us-east-1"},
+        "client_kwargs": {"region_name": "eu-west-1"},
         "use_listings_cache": False,
     }
     s3fs.S3FileSystem(**options).mkdir("data")

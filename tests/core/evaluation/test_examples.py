@@ -22,22 +22,22 @@ def _pick(pair, before, after, prompts=None):
 
 def test_ranks_by_change_of_the_mean(pair):
     before = {f"p{i}": [0.0, 0.0] for i in range(9)}
-    after = {f"p{i}": [float(i - 3), float(i - 3)] for i in range(9)}
+    after = {f"p{i}": [float(5 - i), float(5 - i)] for i in range(9)}
     found = _pick(pair, before, after)
     assert [(row["label"], row["prompt_id"]) for row in found] == [
-        ("largest gain", "p8"),
-        ("upper quartile", "p6"),
+        ("largest gain", "p0"),
+        ("upper quartile", "p2"),
         ("median", "p4"),
-        ("lower quartile", "p2"),
-        ("largest loss", "p0"),
+        ("lower quartile", "p6"),
+        ("largest loss", "p8"),
     ]
     assert found[0] == {
         "label": "largest gain",
-        "prompt_id": "p8",
+        "prompt_id": "p0",
         "sample_index": 0,
-        "prompt": "ask p8",
-        "before": "text of p8:0",
-        "after": "text of p8:0",
+        "prompt": "ask p0",
+        "before": "text of p0:0",
+        "after": "text of p0:0",
         "reward_before": 0.0,
         "reward_after": 5.0,
         "mean_before": 0.0,

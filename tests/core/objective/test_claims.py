@@ -116,7 +116,7 @@ ATOMS = [np.array([0.7, 0.3]), np.array([0.5, 0.3, 0.2]), np.array([0.05] * 20),
 @pytest.mark.parametrize("p", ATOMS, ids=len)
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_partition_under_ties_weak_at_least_mid_at_most_population_randomised_equal(p, beta):
-    """Atoms p_j with distribution function F_j, quantiles from rank counts in the limit of many references."""
+    """Atoms p_j with distribution function F_j; rank counts in the limit of many references."""
     n = 10_000
     equal = np.round(p * n).astype(np.int64)
     below = np.cumsum(equal) - equal

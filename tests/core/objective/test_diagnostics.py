@@ -90,13 +90,14 @@ def test_held_out_references_are_calibrated_and_a_better_policy_is_not(n, binary
     assert other.statistic > 2 * same.statistic
 
 
-def test_calibration_statistic_and_p_value_equal_scipys_test():
+@pytest.mark.parametrize(("low", "high"), [(0, 21), (3, 21), (0, 18)])
+def test_calibration_statistic_and_p_value_equal_scipys_test(low, high):
     from scipy.stats import kstest
 
     from qrpo_core.objective.quantiles import exchangeable_quantile
 
     rng = np.random.default_rng(2)
-    below = rng.integers(0, 21, 300)
+    below = rng.integers(low, high, 300)
     counts, seeds = RankCounts(below, np.zeros(300, int), np.full(300, 20)), np.arange(300, dtype=np.uint64)
     found, expected = calibration(counts, seeds), kstest(exchangeable_quantile(counts, seeds), "uniform")
     assert found.statistic == pytest.approx(expected.statistic, rel=1e-12)

@@ -24,7 +24,7 @@ from qrpo_core.objective.quantiles import RankCounts, rank_counts, rank_counts_t
 from qrpo_core.objective.transforms import get_transform
 
 IDENTITY = get_transform("identity")
-LAW = settings(deadline=None, max_examples=60)
+LAW = settings(deadline=None, max_examples=25)  # each plans and replans
 
 
 def hits(k, n):
@@ -110,6 +110,26 @@ def test_marginal_gain_is_largest_near_the_threshold_and_nothing_for_no_referenc
     assert (marginal_gain(counts, 0, transform=IDENTITY, beta=beta) == 0).all()
 
 
+def test_marginal_gain_is_the_expected_fall_of_the_posterior_variance_by_enumeration():
+    # Beta(a, b) prior, k more draws, j of them hits (beta-binomial): the mean posterior variance.
+    a, b, k = 1 + 7, 1 + 10 - 7, 5
+
+    def variance(a, b):
+        return a * b / ((a + b) ** 2 * (a + b + 1))
+
+    def log_beta(a, b):
+        return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+    after = sum(
+        math.comb(k, j) * math.exp(log_beta(a + j, b + k - j) - log_beta(a, b)) * variance(a + j, b + k - j)
+        for j in range(k + 1)
+    )
+    some, all_of_it = (
+        float(marginal_gain(hits([7], 10), more, transform=IDENTITY, beta=0.1)[0]) for more in (k, 1e15)
+    )
+    assert some / all_of_it == pytest.approx(1 - after / variance(a, b), rel=1e-9)
+
+
 @LAW
 @given(st.integers(1, 40), st.floats(0, 1), st.integers(0, 100))
 def test_marginal_gain_grows_with_the_references_and_by_less_each_time(n, share, k):
@@ -172,6 +192,11 @@ def test_nothing_is_spent_where_all_rewards_are_equal():
         [0], rank_counts([1.0], np.ones(5), in_pool=False), transform=IDENTITY, beta=0.1, budget=9
     )
     assert nothing.additional.tolist() == [0]
+
+
+def test_equal_prompts_share_what_does_not_divide():
+    plan = allocate_references(np.arange(3), hits([8, 8, 8], 10), transform=IDENTITY, beta=0.1, budget=8)
+    assert sorted(plan.additional.tolist()) == [2, 3, 3]
 
 
 def test_more_goes_to_the_uncertain_than_to_the_settled():
