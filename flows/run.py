@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from qrpo_core.steps.workspace import Workspace
 def run(experiment: Experiment, name: str) -> int:
     """Run the flow `name` for an experiment; returns the exit status. Raises QRPOError for bad input."""
     check(Workspace(experiment))
+    # The server and the model share the cores: threads that spin while they wait would starve both.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     quiet_console()
     server = PrefectServer().start()
     flow = _flow(name)  # imports Prefect while the server boots

@@ -125,7 +125,7 @@ class _Table:
         self.read = 0
         self.counts = Counter[str]()
         self.chunks: list[pa.Table] = []
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[tuple[Any, ...]] = []
         #: Of every prompt: digest of its reference, its first place, whether it is within the limit.
         self.seen: dict[str, tuple[str, str, bool]] = {}
         self.pairs: dict[str, tuple[tuple[str, str], ...]] = {}
@@ -160,13 +160,12 @@ class _Table:
         split = "held_out" if ids.split_fraction(prompt) < self.config.held_out else "train"
         self.counts["prompts"] += 1
         self.counts[split] += 1
-        values = (prompt, messages, reference, digest, source, split)
-        self.rows.append(dict(zip(PROMPTS.names, values, strict=True)))
+        self.rows.append((prompt, messages, reference, digest, source, split))
         if len(self.rows) == _CHUNK:
             self._flush()
 
     def _flush(self) -> None:
-        self.chunks.append(pa.Table.from_pylist(self.rows, schema=PROMPTS))
+        self.chunks.append(_from_rows(self.rows, PROMPTS))
         self.rows.clear()
 
     def finish(self, notes: Counter[str]) -> PromptSet:
@@ -186,15 +185,19 @@ class _Table:
         return PromptSet(prompts, self._offline(), counts)
 
     def _offline(self) -> pa.Table:
-        rows = (
+        rows = [
             (prompt, 2 * number + side, text, label)
             for prompt, pairs in self.pairs.items()
             for number, pair in enumerate(pairs)
             for side, (text, label) in enumerate(zip(pair, ("chosen", "rejected"), strict=True))
-        )
-        columns = list(zip(*rows, strict=True)) or [()] * len(OFFLINE)
-        arrays = [pa.array(values, item.type) for values, item in zip(columns, OFFLINE, strict=True)]
-        return check_table(pa.table(arrays, schema=OFFLINE), OFFLINE, "offline completions")
+        ]
+        return check_table(_from_rows(rows, OFFLINE), OFFLINE, "offline completions")
+
+
+def _from_rows(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    arrays = [pa.array(values, item.type) for values, item in zip(columns, schema, strict=True)]
+    return pa.table(arrays, schema=schema)
 
 
 def _with_system(messages: list[Message], system: str | None) -> list[Message]:

@@ -44,7 +44,9 @@ def settings(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
 
 
 def changed(settings: dict[str, Any], **sections: dict[str, Any]) -> Experiment:
-    return parse_experiment({**settings, **{name: settings.get(name, {}) | new for name, new in sections.items()}})
+    return parse_experiment(
+        {**settings, **{name: settings.get(name, {}) | new for name, new in sections.items()}}
+    )
 
 
 def fill(workspace: Workspace, step: BlockStep) -> int:
@@ -72,7 +74,9 @@ def test_a_larger_budget_computes_exactly_the_new_rows(settings: dict[str, Any])
     chain, first = precompute(changed(settings))
     count = training_prompts(chain)
     assert set(first.values()) == {3 * count}
-    old = chain.workspace.blocks.read(chain.training.samples.recipe, chain.training.samples.wanted, COMPLETIONS)
+    old = chain.workspace.blocks.read(
+        chain.training.samples.recipe, chain.training.samples.wanted, COMPLETIONS
+    )
     doubled = changed(settings, sampling={"references_per_prompt": 6})
     announced = {stage.stage: stage.missing for stage in plan(Workspace(doubled))}
     chain, second = precompute(doubled)
@@ -93,8 +97,12 @@ def test_a_top_up_equals_a_run_from_scratch(settings: dict[str, Any], tmp_path: 
         changed(settings, sampling={"references_per_prompt": 5}, store={"path": str(tmp_path / "other")})
     )
     for one, two in zip(chain.training, scratch.training, strict=True):
-        there, here = (c.workspace.blocks.read(s.recipe, s.wanted, s.schema) for c, s in ((chain, one), (scratch, two)))
-        assert there.equals(here)
+        there = chain.workspace.blocks.read(one.recipe, one.wanted, one.schema)
+        here = scratch.workspace.blocks.read(two.recipe, two.wanted, two.schema)
+        if one.label != "reference log-probs":
+            assert there.equals(here)
+        else:  # sums of another batch's shape differ in float32's last digits
+            assert there["logprob"].to_pylist() == pytest.approx(here["logprob"].to_pylist(), rel=1e-5)
 
 
 def test_prompts_added_in_the_middle_cost_only_their_rows(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -108,7 +116,9 @@ def test_prompts_added_in_the_middle_cost_only_their_rows(settings: dict[str, An
 
 def test_another_reward_scores_old_samples(settings: dict[str, Any]) -> None:
     precompute(changed(settings))
-    other = {key: value for key, value in settings.items() if key != "reward"} | {"reward": {"kind": "number"}}
+    other = {key: value for key, value in settings.items() if key != "reward"} | {
+        "reward": {"kind": "number"}
+    }
     chain, computed = precompute(parse_experiment(other))
     rows = 3 * training_prompts(chain)
     assert computed == {"sample references": 0, "score references": rows, "reference log-probs": 0}
@@ -130,7 +140,9 @@ def test_a_changed_reference_scores_that_prompt_again_and_samples_nothing(
 
 def test_a_plan_names_the_field_that_changed(settings: dict[str, Any]) -> None:
     precompute(changed(settings))
-    stages = {stage.stage: stage for stage in plan(Workspace(changed(settings, sampling={"temperature": 0.7})))}
+    stages = {
+        stage.stage: stage for stage in plan(Workspace(changed(settings, sampling={"temperature": 0.7})))
+    }
     assert "config.temperature" in stages["sample references"].why
     assert stages["sample references"].present == 0
     stages = {stage.stage: stage for stage in plan(Workspace(changed(settings, sampling={"batch_size": 1})))}
@@ -139,7 +151,10 @@ def test_a_plan_names_the_field_that_changed(settings: dict[str, Any]) -> None:
 
 def test_fake_rows_never_pass_for_a_policys(settings: dict[str, Any]) -> None:
     precompute(changed(settings))
-    stages = {stage.stage: stage for stage in plan(Workspace(changed(settings, sampling={"engine": "transformers"})))}
+    stages = {
+        stage.stage: stage
+        for stage in plan(Workspace(changed(settings, sampling={"engine": "transformers"})))
+    }
     assert stages["sample references"].present == 0
 
 
@@ -168,7 +183,9 @@ def test_the_training_set_joins_by_id_and_its_targets_are_calibrated(settings: d
 
 
 def reward_table(rewards: dict[str, list[float | None]]) -> pa.Table:
-    rows = [(prompt, index, value) for prompt, values in rewards.items() for index, value in enumerate(values)]
+    rows = [
+        (prompt, index, value) for prompt, values in rewards.items() for index, value in enumerate(values)
+    ]
     return pa.table(
         {
             "prompt_id": [row[0] for row in rows],

@@ -1,0 +1,149 @@
+"""The whole flow against a real Prefect server, on a two-layer model with the fake engine and the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.server import PrefectServer, prefect_server
+from qrpo_core.config import Experiment, parse_experiment
+from qrpo_core.plan import plan
+from qrpo_core.records import COMPLETIONS
+from qrpo_core.show import report_path, result_lines, results
+from qrpo_core.steps.chain import stored_chain
+from qrpo_core.steps.workspace import Workspace
+
+pytestmark = pytest.mark.slow
+
+WORDS = [f"item {number}" for number in range(16)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with prefect_server(PrefectServer().start()) as server:
+            yield server
+
+
+def experiment(tiny_model: Path, store: Path, **sections: dict[str, Any]) -> Experiment:
+    settings: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "prompts": {
+            "kind": "template",
+            "templates": ["Say {w}"],
+            "words": {"w": WORDS},
+            "size": 16,
+            "held_out": 0.4,
+        },
+        "sampling": {"engine": "fake", "references_per_prompt": 4, "max_new_tokens": 8},
+        "reward": {
+            "kind": "weighted",
+            "terms": [
+                {"weight": 1.0, "reward": {"kind": "length", "max_words": 1}},
+                {"weight": 0.5, "reward": {"kind": "sentiment"}},
+            ],
+        },
+        "training": {"precision": "fp32", "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
+        "evaluation": {"samples_per_prompt": 2, "resamples": 200},
+        "store": {"path": str(store), "rows_per_block": 16},
+    }
+    return parse_experiment(
+        {**settings, **{name: settings.get(name, {}) | new for name, new in sections.items()}}
+    )
+
+
+def align(wanted: Experiment) -> dict[str, Any]:
+    from flows.align import align as flow
+
+    return {stage.stage: stage for stage in flow(wanted)}
+
+
+def cached_task_runs() -> Counter[str]:
+    """Task runs by name that the server's own record calls Cached."""
+    from prefect.client.orchestration import get_client
+
+    async def read() -> Counter[str]:
+        async with get_client() as client:
+            runs = await client.read_task_runs(limit=200)
+        return Counter(run.name.rsplit("-", 1)[0] for run in runs if run.state_name == "Cached")
+
+    return asyncio.run(read())
+
+
+def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
+    server: PrefectServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    wanted = experiment(tiny_model, tmp_path / "store")
+    first = align(wanted)
+    assert all(stage.computed and not stage.reused for stage in first.values())
+    workspace = Workspace(wanted)
+    made = results(workspace)
+    text = "\n".join(result_lines(workspace))
+    assert "Mean reward before" in text
+    assert "Normalisation check (empirical)" in text
+    page = report_path(workspace).read_text(encoding="utf-8")
+    assert page.lower().startswith("<!doctype html")
+    assert "tiny" in page
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = workspace.artifacts.folder(made["train"], "policy")
+    trained = AutoModelForCausalLM.from_pretrained(policy)
+    original = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert any(
+        not one.equal(two) for one, two in zip(trained.parameters(), original.parameters(), strict=True)
+    )
+    assert AutoTokenizer.from_pretrained(policy).chat_template
+    assert "base_model" in (policy / "README.md").read_text()
+
+    again = align(wanted)
+    assert all(stage.state == "Cached" and not stage.computed for stage in again.values())
+    server.settle()
+    coarse = {"prompts", "quantiles", "training set", "train", "evaluate", "report"}
+    assert sum(cached_task_runs().values()) == len(coarse)
+
+    chain = stored_chain(workspace)
+    samples = chain.training.samples
+    old = workspace.blocks.read(samples.recipe, samples.wanted, COMPLETIONS)
+    doubled = experiment(tiny_model, tmp_path / "store", sampling={"references_per_prompt": 8})
+    announced = {stage.stage: stage.missing for stage in plan(Workspace(doubled))}
+    third = align(doubled)
+    for stage in ("sample references", "score references", "reference log-probs"):
+        assert third[stage].computed == len(old) == announced[stage]
+        assert third[stage].reused == len(old)
+    assert third["sample held-out, before"].computed == 0
+    kept = workspace.blocks.read(samples.recipe, samples.wanted, COMPLETIONS)
+    assert kept.equals(old)
+
+
+def test_the_real_engine_and_one_flow_at_a_time(
+    server: PrefectServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    from flows.evaluate import evaluate
+    from flows.precompute import precompute
+    from flows.train import train
+
+    wanted = experiment(
+        tiny_model, tmp_path / "store", sampling={"engine": "transformers"}, training={"learning_rate": 1e-2}
+    )
+    with pytest.raises(Exception, match="no prompts artifact yet"):
+        train(wanted)
+    assert [stage.stage for stage in precompute(wanted)][0] == "prompts"
+    assert [stage.computed for stage in train(wanted)] == [1]
+    stages = {stage.stage: stage for stage in evaluate(wanted)}
+    assert stages["report"].computed == 1
+    workspace = Workspace(wanted)
+    facts = results(workspace)["train"].facts
+    assert facts["steps"] == -(-facts["rows"] // 8)
+    # The log-ratio starts at 0: the stored reference log-probs are those of the model that is trained.
+    log = json.loads(workspace.artifacts.read(results(workspace)["train"], "history.json"))
+    assert abs(log[0]["log_ratio"]) < 1e-3
