@@ -15,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from qrpo_core.config import Experiment, load_experiment
+from qrpo_core.config import Experiment
 from qrpo_core.errors import QRPOError
+from qrpo_core.experiments import load_experiment
 
 FLOWS = ("align", "precompute", "train", "evaluate")
 

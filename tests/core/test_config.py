@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from qrpo_core.config import Experiment, load_experiment, parse_experiment, recipe_fields
+from qrpo_core.config import Experiment, recipe_fields
 from qrpo_core.errors import ConfigError
+from qrpo_core.experiments import load_experiment, parse_experiment
 
 MINIMAL = {
     "model": {"path": "somewhere"},

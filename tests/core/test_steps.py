@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from qrpo_core.config import Experiment, parse_experiment
+from qrpo_core.config import Experiment
 from qrpo_core.errors import MissingError, ObjectiveError
+from qrpo_core.experiments import parse_experiment
 from qrpo_core.plan import plan
 from qrpo_core.records import COMPLETIONS, REWARDS, TRAINING_SET
 from qrpo_core.steps import policies, prompts, quantiles, training_set

@@ -1,4 +1,4 @@
-"""The whole flow against a real Prefect server, on a two-layer model with the fake engine and the real one."""
+"""The whole flow on a real Prefect server: a two-layer model, with the fake engine and with the real one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from flows.server import PrefectServer, prefect_server
-from qrpo_core.config import Experiment, parse_experiment
+from qrpo_core.config import Experiment
+from qrpo_core.experiments import parse_experiment
 from qrpo_core.plan import plan
 from qrpo_core.records import COMPLETIONS
 from qrpo_core.show import report_path, result_lines, results
@@ -137,7 +138,7 @@ def test_the_real_engine_and_one_flow_at_a_time(
     )
     with pytest.raises(Exception, match="no prompts artifact yet"):
         train(wanted)
-    assert [stage.stage for stage in precompute(wanted)][0] == "prompts"
+    assert precompute(wanted)[0].stage == "prompts"
     assert [stage.computed for stage in train(wanted)] == [1]
     stages = {stage.stage: stage for stage in evaluate(wanted)}
     assert stages["report"].computed == 1

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrpo_core import ids
-from qrpo_core.config import PromptsConfig, load_experiment
+from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts, source_identity
 from qrpo_core.errors import DataError
+from qrpo_core.experiments import load_experiment
 from qrpo_core.records import OFFLINE, PROMPTS
 
 EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"

@@ -1,0 +1,46 @@
+"""The documents and the code hold each other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qrpo_core.config import Experiment, Section, WeightedTerm
+
+ROOT = Path(__file__).parents[2]
+
+
+def sections() -> dict[str, type[Section]]:
+    found = {"experiment": Experiment, "reward.terms": WeightedTerm}
+    for name, field in Experiment.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found[name] = field.annotation
+    return found
+
+
+def test_every_field_is_documented_and_every_documented_field_exists() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    parts = dict(re.findall(r"^## `([a-z.]+)`\n(.*?)(?=^## |\Z)", text, re.S | re.M))
+    assert parts.keys() == sections().keys()
+    for name, section in sections().items():
+        documented = set(re.findall(r"^\| `(\w+)`", parts[name], re.M))
+        assert documented == set(section.model_fields), name
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "show", "report", "config"])
+def test_every_command_is_documented(command: str) -> None:
+    assert f"qrpo {command}" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_names_only_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_no_python_file_is_longer_than_350_lines() -> None:
+    files = [path for top in ("flows", "tasks", "qrpo_core") for path in (ROOT / top).rglob("*.py")]
+    long = {str(path): count for path in files if (count := len(path.read_text().splitlines())) > 350}
+    assert not long
