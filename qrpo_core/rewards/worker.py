@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from typing import Any, Literal
@@ -86,7 +87,9 @@ class Worker:
     def _running(self) -> subprocess.Popen[str]:
         # A fork of this process must not share the pipes: it starts its own.
         if self._process is None or self._owner != os.getpid():
-            self._process = _start()
+            # Some scorers run what they score, and that writes files: not into the user's directory.
+            self._scratch = tempfile.TemporaryDirectory(prefix="qrpo-score-", ignore_cleanup_errors=True)
+            self._process = _start(self._scratch.name)
             self._owner = os.getpid()
             weakref.finalize(self, _end, self._process)
         return self._process
@@ -102,7 +105,7 @@ class Worker:
         return WorkerDied(f"the scoring process ended with status {code}")
 
 
-def _start() -> subprocess.Popen[str]:
+def _start(folder: str) -> subprocess.Popen[str]:
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return subprocess.Popen(
         # -P: the script's own folder must not shadow modules of the standard library.
@@ -111,6 +114,7 @@ def _start() -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         encoding="ascii",
+        cwd=folder,
         env=kept | _SET_VARIABLES,
     )
 
