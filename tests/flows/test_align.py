@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flows.server import PrefectServer, prefect_server
-from qrpo_core.config import Experiment
+from qrpo_core.config import Experiment, StoreConfig
 from qrpo_core.experiments import parse_experiment
 from qrpo_core.plan import plan
 from qrpo_core.records import COMPLETIONS
@@ -148,3 +148,23 @@ def test_the_real_engine_and_one_flow_at_a_time(
     # The log-ratio starts at 0: the stored reference log-probs are those of the model that is trained.
     log = json.loads(workspace.artifacts.read(results(workspace)["train"], "history.json"))
     assert abs(log[0]["log_ratio"]) < 1e-3
+
+
+def test_the_store_on_s3_gives_the_same_rows(
+    server: PrefectServer, tiny_model: Path, tmp_path: Path, s3_store: StoreConfig
+) -> None:
+    here = experiment(tiny_model, tmp_path / "store")
+    there = here.model_copy(update={"store": s3_store})
+    align(here)
+    first = align(there)
+    assert all(stage.computed for stage in first.values())
+    again = align(there)
+    assert all(stage.state == "Cached" and not stage.computed for stage in again.values())
+    tables = []
+    for wanted in (here, there):
+        chain = stored_chain(Workspace(wanted))
+        steps = (chain.training.samples, chain.training.rewards)
+        tables.append([chain.workspace.blocks.read(step.recipe, step.wanted, step.schema) for step in steps])
+    assert all(one.equals(two) for one, two in zip(*tables, strict=True))
+    assert "Difference, paired" in "\n".join(result_lines(Workspace(there)))
+    assert report_path(Workspace(there)).is_file()
