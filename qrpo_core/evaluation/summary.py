@@ -196,7 +196,8 @@ def normalisation(diagnostics: Mapping[str, Any]) -> tuple[str, Verdict, str] | 
         raise DataError(
             "normalisation_mean is NaN", where="report, diagnostics", remedy="look at the training targets"
         )
-    error = error if error is not None and math.isfinite(error) else None
+    # Rounding noise around 1 (the empirical normaliser) is no error worth nine decimals.
+    error = error if error is not None and math.isfinite(error) and error > 1e-6 else None
     text, away = with_error(mean, error) if math.isfinite(mean) else str(mean), abs(mean - 1)
     if away > max(NORMALISATION_TOLERANCE, 3 * (error or 0)):
         advice = (

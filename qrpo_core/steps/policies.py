@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from qrpo_core.ids import digest_json
@@ -18,12 +20,17 @@ VERSION = 1
 class Policy:
     """A model that can be sampled from.
 
-    digest : of weights, config, tokenizer and chat template.
-    directory : where `from_pretrained` loads it from, on this machine.
+    digest : of weights, config, tokenizer and chat template; for a hub model, of its commit.
+    locate : fetches it if need be and says where it lies; planning never asks.
     """
 
     digest: str
-    directory: Path
+    locate: Callable[[], Path]
+
+    @property
+    def directory(self) -> Path:
+        """Where `from_pretrained` loads it from, on this machine."""
+        return self.locate()
 
 
 def source_of(workspace: Workspace) -> ModelSource:
@@ -50,6 +57,8 @@ def convert(workspace: Workspace, source: ModelSource) -> Manifest:
 
 def reference(workspace: Workspace, source: ModelSource) -> Policy | None:
     """The reference policy, or None while its conversion is still to be done."""
+    if source.kind == "hub":
+        return Policy(digest_json(source.identity), cache(lambda: source.directory))
     if not source.needs_materialising:
         return at(source.directory)
     manifest = workspace.artifacts.find(recipe(workspace, source))
@@ -63,7 +72,7 @@ def stored(workspace: Workspace, manifest: Manifest) -> Policy:
 
 def at(directory: Path) -> Policy:
     """The policy of a local directory."""
-    return Policy(policy_digest(directory), directory)
+    return Policy(policy_digest(directory), lambda: directory)
 
 
 def folder_files(folder: Path) -> dict[str, Path | bytes]:

@@ -24,7 +24,8 @@ VERSION = 1
 def recipe(workspace: Workspace) -> Recipe:
     """Decided by the section and by the content of the source, not by where the source lies."""
     config = workspace.experiment.prompts
-    fields = {name: value for name, value in recipe_fields(config).items() if name != "path"}
+    place = ("path", "name", "revision")
+    fields = {name: value for name, value in recipe_fields(config).items() if name not in place}
     return Recipe(
         "prompts", VERSION, fields | {"source": source_identity(config, storage_options(workspace))}
     )
