@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Prefect's database and logs of this checkout; a PREFECT_HOME from outside is respected.
-export PREFECT_HOME ?= $(CURDIR)/.prefect
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo arithmetic test test-fast lint serve bench lock clean
@@ -49,5 +47,5 @@ bench: $(STAMP)  ## benchmarks; results land in benchmarks/results/
 lock: $(STAMP)  ## write requirements.lock from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^nvidia-' | sed -E 's/\+cpu//' > requirements.lock
 
-clean:  ## remove .venv and this checkout's store and Prefect home
-	rm -rf $(VENV) .qrpo .prefect
+clean:  ## remove .venv and the store of this checkout
+	rm -rf $(VENV) .qrpo
