@@ -89,7 +89,7 @@ def test_accumulated_micro_batches_are_the_large_batch(
         == optimiser_steps(TrainingConfig(batch_size=4, micro_batch_size=4, epochs=2), 10)
     )
     for step, (one, two) in enumerate(zip(large, small, strict=True)):
-        # Adam divides by tiny second moments, so rounding grows from step to step; a wrong weight is 10^4 larger.
+        # Adam divides by tiny second moments, so rounding grows; a wrong weighting would be 10^4 larger.
         tolerance = 1e-5 if step == 0 else 2e-4
         assert one["loss"] == pytest.approx(two["loss"], rel=tolerance)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=tolerance)
