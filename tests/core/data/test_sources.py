@@ -146,7 +146,7 @@ def test_shipped_experiments(name):
     found = load_prompts(config)
     assert found.prompts.num_rows == config.size
     assert found.counts["held_out"] >= 100
-    larger = load_experiment(EXPERIMENTS / f"{name}.yaml", ["prompts.size=600"]).prompts
+    larger = load_experiment(EXPERIMENTS / f"{name}.yaml", ["prompts.size=190"]).prompts
     assert load_prompts(larger).prompts.slice(0, config.size).equals(found.prompts)
 
 

@@ -168,7 +168,7 @@ def test_normalisation_verdict(mean, error, verdict, words):
 def test_normalisation_of_the_empirical_normaliser_and_of_nothing():
     exact = {"normalisation_mean": 1.0, "normalisation_standard_error": 0.0, "normaliser": "empirical"}
     assert normalisation(exact) == (
-        "1.00 ± 0.00",
+        "1.00",
         "good",
         "Is 1 by construction here: a check of the arithmetic.",
     )
