@@ -80,6 +80,17 @@ def cached_task_runs() -> Counter[str]:
     return asyncio.run(read())
 
 
+def artifact_keys() -> set[str | None]:
+    """Keys of the artifacts that the UI shows."""
+    from prefect.client.orchestration import get_client
+
+    async def read() -> set[str | None]:
+        async with get_client() as client:
+            return {artifact.key for artifact in await client.read_artifacts(limit=200)}
+
+    return asyncio.run(read())
+
+
 def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     server: PrefectServer, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +122,7 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     server.settle()
     coarse = {"prompts", "quantiles", "training set", "train", "evaluate", "report"}
     assert sum(cached_task_runs().values()) == len(coarse)
+    assert {"stages", "evaluation", "result"} <= artifact_keys()
 
     chain = stored_chain(workspace)
     samples = chain.training.samples
