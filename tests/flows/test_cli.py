@@ -71,6 +71,7 @@ def test_bad_input_is_one_line_status_2_and_writes_nothing(
         (["good.yaml", "--set", "model.path=nowhere/at/all"], ["nowhere/at/all"]),
         (["good.yaml", "--set", "objective.beta=-0.1"], ["objective.beta", "-0.1"]),
         (["good.yaml", "--set", "sampling.references_per_prompt=0"], ["references_per_prompt", "0"]),
+        (["good.yaml", "--set", "sampling.references_per_prompt=1"], ["references_per_prompt", "2 or more"]),
         (["number.yaml"], ["no reference", "reference_field"]),
         (["good.yaml", "--set", "store.path=gs://bucket"], ["gs", "s3://"]),
     ]
