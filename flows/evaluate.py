@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from qrpo_core.config import Experiment
-from qrpo_core.steps import evaluation, policies
+from qrpo_core.steps import evaluation
 from qrpo_core.steps.chain import stored_chain
 from tasks.stages import Stage, fill, make, workspace_of
 from tasks.tables import publish_result, publish_stages
@@ -16,8 +16,7 @@ def evaluate(experiment: Experiment) -> list[Stage]:
     """The same sampling and scoring code as `precompute`, on prompts that training never saw."""
     workspace = workspace_of(experiment)
     chain = stored_chain(workspace)
-    trained = policies.stored(workspace, workspace.artifacts.get(chain.train))
-    end = chain.after(trained)
+    end = chain.after(chain.last())
     stages = [fill(workspace, step) for step in (*chain.before, *end.after, *end.divergence)]
     stages.append(make(workspace, "evaluate", end.evaluate, lambda: evaluation.build(workspace, chain, end)))
     stages.append(

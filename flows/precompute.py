@@ -1,13 +1,13 @@
-"""`precompute`: prompts, reference samples, rewards, log-probs, quantiles, training set."""
+"""`precompute`: prompts, reference samples, rewards, quantiles, log-probs, training set."""
 
 from __future__ import annotations
 
 from prefect import flow
 
 from qrpo_core.config import Experiment
-from qrpo_core.steps import policies, prompts, quantiles, training_set
+from qrpo_core.steps import policies, prompts
 from qrpo_core.steps.chain import stored_chain
-from tasks.stages import Stage, fill, make, workspace_of
+from tasks.stages import Stage, make, prepare, workspace_of
 from tasks.tables import publish_stages
 
 
@@ -22,29 +22,6 @@ def precompute(experiment: Experiment) -> list[Stage]:
         stages.append(make(workspace, "convert model", recipe, lambda: policies.convert(workspace, source)))
     recipe = prompts.recipe(workspace)
     stages.append(make(workspace, "prompts", recipe, lambda: prompts.build(workspace, recipe)))
-
-    chain = stored_chain(workspace)
-    stages += [fill(workspace, step) for step in chain.training]
-    stages.append(
-        make(
-            workspace,
-            "quantiles",
-            chain.quantiles,
-            lambda: quantiles.build(workspace, chain.quantiles, chain.training.rewards),
-        )
-    )
-    stages.append(
-        make(
-            workspace,
-            "training set",
-            chain.training_set,
-            lambda: training_set.build(
-                workspace,
-                chain.training_set,
-                workspace.artifacts.get(chain.quantiles),
-                chain.training.logprobs,
-            ),
-        )
-    )
+    stages += prepare(workspace, stored_chain(workspace).first)
     publish_stages(stages)
     return stages

@@ -1,32 +1,29 @@
-"""`train`: fit the policy to the stored targets."""
+"""`train`: fit the policy to the stored targets, in one round or in several."""
 
 from __future__ import annotations
 
 from prefect import flow
 
 from qrpo_core.config import Experiment
-from qrpo_core.steps import training
 from qrpo_core.steps.chain import stored_chain
-from qrpo_core.store.artifacts import Manifest
-from tasks.progress import stage_progress
-from tasks.stages import Stage, make, workspace_of
+from tasks.stages import Stage, fit, prepare, workspace_of
 from tasks.tables import publish_stages
 
 
 @flow(name="train", flow_run_name="train-{experiment.name}")
 def train(experiment: Experiment) -> list[Stage]:
-    """One training run on the training set that `precompute` made."""
+    """Training on what `precompute` made, then `rounds.count` - 1 rounds of sampling and training on."""
     workspace = workspace_of(experiment)
-    chain = stored_chain(workspace)
-
-    def build() -> Manifest:
-        training_set = workspace.artifacts.get(chain.training_set)
-        steps = training.optimiser_steps(experiment.training, training_set.facts["rows"])
-        with stage_progress("train", steps, "steps") as advance:
-            return training.build(
-                workspace, chain.train, training_set, chain.reference, lambda *step: advance(1)
-            )
-
-    stages = [make(workspace, "train", chain.train, build)]
+    stages = [fit(workspace, stored_chain(workspace).first)]
+    for number in range(2, experiment.rounds.count + 1):
+        stages += next_round(experiment, number)
     publish_stages(stages)
     return stages
+
+
+@flow(name="round", flow_run_name="round-{number}-{experiment.name}")
+def next_round(experiment: Experiment, number: int) -> list[Stage]:
+    """Sample from the policy so far, score, rank among the fixed references, train on."""
+    workspace = workspace_of(experiment)
+    round_ = stored_chain(workspace).round(number)
+    return [*prepare(workspace, round_), fit(workspace, round_)]

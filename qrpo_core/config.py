@@ -8,23 +8,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.config import JsonDict
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 
-#: Marks a field that changes speed, place or presentation, never a result.
-Speed: JsonDict = {"recipe": False}
+from qrpo_core.section import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+    Speed,
+    changed_fields,
+    recipe_fields,
+)
+from qrpo_core.train.config import ObjectiveConfig, RoundsConfig, TrainingConfig, TrainingDataConfig
 
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, closed to unknown keys, defaults checked like given values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+__all__ = [
+    "EvaluationConfig",
+    "Experiment",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RoundsConfig",
+    "SamplingConfig",
+    "Section",
+    "StoreConfig",
+    "TrainingConfig",
+    "TrainingDataConfig",
+    "WeightedTerm",
+    "recipe_fields",
+]
 
 
 class ModelConfig(Section):
@@ -68,6 +81,16 @@ class PromptsConfig(Section):
     reference_field: str | None = Field(None, description="file, hub: what the reward checks against.")
     chosen_field: str | None = Field(None, description="file, hub: preferred completion or conversation.")
     rejected_field: str | None = Field(None, description="file, hub: other completion or conversation.")
+    completion_fields: tuple[str, ...] = Field(
+        (),
+        description="file, hub: columns of further completions: each a text, a mapping, or a list of them.",
+    )
+    completion_text_field: str = Field(
+        "text", description="file, hub: key of the text where a completion is a mapping."
+    )
+    completion_reward_field: str | None = Field(
+        None, description="file, hub: key of its reward, a number or true/false, where it is graded."
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> PromptsConfig:
@@ -80,22 +103,21 @@ class PromptsConfig(Section):
         for field in needed:
             if not getattr(self, field):
                 raise ValueError(f"prompts.{field} is missing; kind {self.kind!r} needs it")
-        for field in sorted(_changed(self) - _prompt_fields(self.kind)):
+        for field in sorted(changed_fields(self) - _prompt_fields(self.kind)):
             raise ValueError(f"prompts.{field} does not belong to kind {self.kind!r}; remove it")
         if (self.chosen_field is None) != (self.rejected_field is None):
             raise ValueError("prompts.chosen_field and prompts.rejected_field come together")
+        if self.completion_fields and self.chosen_field is not None:
+            raise ValueError("prompts.completion_fields and prompts.chosen_field exclude each other")
+        if self.completion_reward_field is not None and not self.completion_fields:
+            raise ValueError("prompts.completion_reward_field needs prompts.completion_fields")
         return self
-
-
-def _changed(section: Section) -> set[str]:
-    """Fields that differ from their defaults (a form or a JSON round trip gives every field)."""
-    fields = type(section).model_fields.items()
-    return {name for name, field in fields if getattr(section, name) != field.get_default()}
 
 
 def _prompt_fields(kind: str) -> set[str]:
     drawn = {"size", "seed"}
     read = {"split", "prompt_field", "reference_field", "chosen_field", "rejected_field"}
+    read |= {"completion_fields", "completion_text_field", "completion_reward_field"}
     own = {
         "template": {"templates", "words"} | drawn,
         "reasoning_gym": {"task", "parameters"} | drawn,
@@ -148,7 +170,7 @@ class RewardConfig(Section):
             "length": {"min_words", "max_words"},
             "weighted": {"terms"},
         }.get(self.kind, set())
-        for field in sorted(_changed(self) - own - {"kind"}):
+        for field in sorted(changed_fields(self) - own - {"kind"}):
             raise ValueError(f"reward.{field} does not belong to kind {self.kind!r}; remove it")
         if self.kind == "weighted" and not self.terms:
             raise ValueError("reward.terms is empty; kind 'weighted' needs at least one term")
@@ -164,53 +186,6 @@ class WeightedTerm(Section):
 
     weight: Annotated[float, Field(allow_inf_nan=False)]
     reward: RewardConfig
-
-
-class ObjectiveConfig(Section):
-    """The regression: which reward is fitted, and how strongly the reference holds."""
-
-    beta: PositiveFloat = Field(0.1, description="KL strength; targets are f(R_q) - beta log Z.")
-    transform: Literal["identity", "log", "square", "sqrt", "normal"] = Field(
-        "identity", description="f, applied to the quantile reward."
-    )
-    loss: Literal["mse", "mae"] = Field("mse", description="Squared or absolute residual.")
-    convention: Literal["weak", "mid", "strict", "randomized"] = Field(
-        "weak", description="How ties count in the quantile; weak is P(R' <= R), the paper's."
-    )
-    normaliser: Literal["auto", "population", "finite", "empirical"] = Field(
-        "auto", description="Which log Z; auto takes empirical where rewards tie and population otherwise."
-    )
-
-
-class TrainingConfig(Section):
-    """The optimisation of the policy on the stored targets."""
-
-    learning_rate: PositiveFloat = Field(1e-6)
-    epochs: PositiveFloat = Field(1.0)
-    batch_size: PositiveInt = Field(128, description="Completions an optimiser step.")
-    micro_batch_size: PositiveInt = Field(
-        8,
-        description="Completions a forward pass; the rest of a batch is accumulated.",
-        json_schema_extra=Speed,
-    )
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.1)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine")
-    weight_decay: NonNegativeFloat = Field(0.0)
-    max_grad_norm: NonNegativeFloat = Field(0.0, description="0 clips nothing, as published.")
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: float32 weights under bfloat16 autocast. Reference log-probs use it too."
-    )
-    gradient_checkpointing: bool = Field(False, json_schema_extra=Speed)
-    seed: int = Field(0)
-
-    @model_validator(mode="after")
-    def _divides(self) -> TrainingConfig:
-        if self.batch_size % min(self.micro_batch_size, self.batch_size):
-            raise ValueError(
-                f"training.micro_batch_size {self.micro_batch_size} does not divide "
-                f"training.batch_size {self.batch_size}"
-            )
-        return self
 
 
 class EvaluationConfig(Section):
@@ -242,21 +217,45 @@ class Experiment(Section):
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig
+    training_data: TrainingDataConfig = TrainingDataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
+    rounds: RoundsConfig = RoundsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     store: StoreConfig = StoreConfig()
 
+    @model_validator(mode="after")
+    def _fits(self) -> Experiment:
+        mode, kind = self.training_data.mode, self.objective.kind
+        if mode == "random" and kind != "qrpo":
+            raise ValueError(
+                f"objective.kind {kind!r} prefers one completion to another, and training_data.mode 'random' "
+                "makes no pairs; use pairs, best_worst or offline"
+            )
+        if mode == "offline":
+            self._fits_offline()
+        if mode == "offline" and self.rounds.count > 1:
+            raise ValueError("rounds.count > 1 trains on the policy's own samples; not with mode 'offline'")
+        if mode == "best_worst" and self.training_data.pool is not None:
+            left = self.sampling.references_per_prompt - self.training_data.pool
+            if left < 1 and kind == "qrpo":
+                raise ValueError(
+                    f"training_data.pool {self.training_data.pool} leaves {max(left, 0)} of "
+                    f"sampling.references_per_prompt {self.sampling.references_per_prompt} as references"
+                )
+        return self
 
-def recipe_fields(section: Section) -> dict[str, Any]:
-    """The fields of a section that belong in a recipe: all but those marked `Speed`, defaults included.
-
-    Returns JSON-ready values; None is kept, so a new field with a None default is a visible change.
-    """
-    kept = {name for name, field in type(section).model_fields.items() if not _is_speed(field)}
-    return section.model_dump(mode="json", include=kept)
-
-
-def _is_speed(field: FieldInfo) -> bool:
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and extra.get("recipe") is False
+    def _fits_offline(self) -> None:
+        prompts, data = self.prompts, self.training_data
+        graded = bool(prompts.completion_fields)
+        if not graded and prompts.chosen_field is None:
+            raise ValueError(
+                "training_data.mode 'offline' needs prompts.chosen_field and prompts.rejected_field, or "
+                "prompts.completion_fields"
+            )
+        if data.preference == "label" and graded:
+            raise ValueError(
+                "training_data.preference 'label' needs prompts.chosen_field; grades are rewards"
+            )
+        if data.rewards == "given" and prompts.completion_reward_field is None:
+            raise ValueError("training_data.rewards 'given' needs prompts.completion_reward_field")

@@ -68,6 +68,15 @@ def tie_seed(prompt: str, sample_index: int) -> int:
     return _uint64(f"tie|{prompt}|{sample_index}")
 
 
+def completion_index(text: str) -> int:
+    """The sample_index of a completion that a data set brings: a number in [0, 2^31).
+
+    A function of the text alone, so a completion keeps its identity when rows come or go anywhere. Two
+    texts of one prompt share a number with a chance of 5e-10; who numbers completions checks for that.
+    """
+    return _uint64(f"completion|{text}") >> 33
+
+
 def split_fraction(prompt: str, seed: int = 0) -> float:
     """A number in [0, 1) that depends on the prompt alone; the held-out split compares it to a share.
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-import pyarrow as pa
-
-from qrpo_core.records import PROMPTS
+from qrpo_core.errors import MissingError
 from qrpo_core.steps import policies, prompts
 from qrpo_core.steps.blocks import BlockStep
 from qrpo_core.steps.chain import Chain, chain
-from qrpo_core.steps.tables import load
+from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.workspace import Workspace
-from qrpo_core.store.blocks import BlockManifest, Run, missing_runs
+from qrpo_core.store.blocks import BlockManifest, Run, count_rows, missing_runs
 from qrpo_core.store.recipe import Recipe
 
 _UNKNOWN = "its policy does not exist yet"
@@ -47,53 +46,56 @@ def plan(workspace: Workspace) -> list[StagePlan]:
     source = policies.source_of(workspace)
     if source.needs_materialising:
         stages.append(_artifact(workspace, "convert model", policies.recipe(workspace, source)))
-    prompt_recipe = prompts.recipe(workspace)
-    table = prompt_table(workspace, prompt_recipe)
-    stages.append(_artifact(workspace, "prompts", prompt_recipe))
+    asked = prompts.recipe(workspace)
+    tables = prompts.find(workspace, asked)
+    stages.append(_artifact(workspace, "prompts", asked))
     reference = policies.reference(workspace, source)
     if reference is None:
-        return stages + _unseen(workspace, table)
-    known = chain(workspace, reference, prompt_recipe, table)
-    stages += [_rows(workspace, step) for step in known.training]
-    recipes = [("quantiles", known.quantiles), ("training set", known.training_set), ("train", known.train)]
-    stages += [_artifact(workspace, name, recipe) for name, recipe in recipes]
+        # Which policy it will be decides names, not numbers: with none, every row is missing.
+        reference = Policy("not converted yet", _not_there)
+    known = chain(workspace, reference, asked, tables)
+    stages += _training(workspace, known)
     stages += [_rows(workspace, step) for step in known.before]
     return stages + _after(workspace, known)
 
 
-def prompt_table(workspace: Workspace, recipe: Recipe) -> pa.Table:
-    """The prompts, from the store if it has them, else read from the source."""
-    manifest = workspace.artifacts.find(recipe)
-    if manifest is not None:
-        return load(workspace, manifest, "prompts.parquet", PROMPTS)
-    return prompts.read(workspace).prompts
+def _not_there() -> Path:
+    raise MissingError("the model is not converted yet", remedy="run precompute first")
+
+
+def _training(workspace: Workspace, known: Chain) -> Iterator[StagePlan]:
+    """Every round, also those whose policy does not exist yet."""
+    done = 0
+    for round_ in known.planned_rounds():
+        done = round_.number
+        for step in round_.row_steps:
+            yield _rows(workspace, step)
+        yield _artifact(workspace, round_.label("quantiles"), round_.quantiles)
+        yield _rows(workspace, round_.logprobs)
+        yield _artifact(workspace, round_.label("training set"), round_.training_set)
+        yield _artifact(workspace, round_.label("train"), round_.train)
+    rounds = workspace.experiment.rounds
+    rows = known.first.rewards.completions.prompts.num_rows * rounds.samples_per_prompt
+    for number in range(done + 1, rounds.count + 1):
+        for stage, count in (("sample", rows), ("score", rows), ("reference log-probs", rows)):
+            yield StagePlan(f"{stage}, round {number}", 0, count, _UNKNOWN)
+        for stage in ("quantiles", "training set", "train"):
+            yield StagePlan(f"{stage}, round {number}", 0, 1, _UNKNOWN)
 
 
 def _after(workspace: Workspace, known: Chain) -> list[StagePlan]:
     """The stages that need the trained policy."""
-    manifest = workspace.artifacts.find(known.train)
-    if manifest is None:
-        rows = sum(known.before.samples.wanted.values())
+    *_, last = known.planned_rounds()
+    if last.number < workspace.experiment.rounds.count or workspace.artifacts.find(last.train) is None:
+        rows = count_rows(known.before.samples.wanted)
         stages = [StagePlan(name, 0, rows, _UNKNOWN) for name in _AFTER]
         return [*stages, StagePlan("evaluate", 0, 1, _UNKNOWN), StagePlan("report", 0, 1, _UNKNOWN)]
-    end = known.after(policies.stored(workspace, manifest))
+    end = known.after(last)
     stages = [_rows(workspace, step) for step in (*end.after, *end.divergence)]
     return stages + [
         _artifact(workspace, name, each)
         for name, each in (("evaluate", end.evaluate), ("report", end.report))
     ]
-
-
-def _unseen(workspace: Workspace, table: pa.Table) -> list[StagePlan]:
-    """Every later stage of a store that does not have the reference policy yet."""
-    experiment = workspace.experiment
-    train = prompts.of_split(table, "train").num_rows * experiment.sampling.references_per_prompt
-    held_out = prompts.of_split(table, "held_out").num_rows * experiment.evaluation.samples_per_prompt
-    rows = [("sample references", train), ("score references", train), ("reference log-probs", train)]
-    rows += [("quantiles", 1), ("training set", 1), ("train", 1)]
-    rows += [(name, held_out) for name in ("sample held-out, before", "score held-out, before", *_AFTER)]
-    rows += [("evaluate", 1), ("report", 1)]
-    return [StagePlan(name, 0, count, "the model is not converted yet") for name, count in rows]
 
 
 def _artifact(workspace: Workspace, stage: str, recipe: Recipe) -> StagePlan:
@@ -106,17 +108,16 @@ def _artifact(workspace: Workspace, stage: str, recipe: Recipe) -> StagePlan:
 def _rows(workspace: Workspace, step: BlockStep) -> StagePlan:
     wanted, committed = step.wanted, workspace.blocks.committed(step.recipe)
     missing = missing_runs(wanted, committed)
-    count = sum(run.count for run in missing)
+    asked, count = count_rows(wanted), sum(run.count for run in missing)
     if not count:
-        return StagePlan(step.label, sum(wanted.values()), 0, "", 0.0)
+        return StagePlan(step.label, asked, 0, "", 0.0)
     why = (
         _grown(missing, committed)
         if committed
         else _changed(step.recipe, workspace.blocks.recipes(step.recipe.step))
     )
-    return StagePlan(
-        step.label, sum(wanted.values()) - count, count, why, _expected(workspace, step.recipe.step, count)
-    )
+    expected = _expected(workspace, step.recipe.step, count)
+    return StagePlan(step.label, asked - count, count, why, expected)
 
 
 def _grown(missing: Iterable[Run], committed: Iterable[BlockManifest]) -> str:

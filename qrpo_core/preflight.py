@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qrpo_core.errors import ConfigError
-from qrpo_core.objective.transforms import get_transform
-from qrpo_core.plan import prompt_table
+from qrpo_core.config import Experiment
+from qrpo_core.errors import ConfigError, DataError
 from qrpo_core.rewards.registry import check_references
 from qrpo_core.steps import policies, prompts
+from qrpo_core.steps.ranked import fewest_references
 from qrpo_core.steps.workspace import Workspace
 
 
@@ -16,16 +16,39 @@ def check(workspace: Workspace) -> None:
     Looks at the model's files (not its weights), reads the prompt source unless the store has it
     already, and sees that the reward has what it checks against.
     """
-    experiment = workspace.experiment
-    # Training completions are references themselves and left out of their own comparison.
-    needed = 1 + max(1, get_transform(experiment.objective.transform).min_references)
-    if experiment.sampling.references_per_prompt < needed:
-        raise ConfigError(
-            f"sampling.references_per_prompt = {experiment.sampling.references_per_prompt} is too few",
-            where=f"objective.transform {experiment.objective.transform!r}",
-            remedy=f"set it to {needed} or more, since each completion is left out of its own references",
-        )
+    _check_budget(workspace.experiment)
     policies.source_of(workspace)
-    table = prompt_table(workspace, prompts.recipe(workspace))
-    references = zip(table["source"].to_pylist(), table["reference"].to_pylist(), strict=True)
+    found = prompts.find(workspace, prompts.recipe(workspace))
+    columns = (found.prompts[name].to_pylist() for name in ("source", "reference"))
+    references = zip(*columns, strict=True)
     check_references(workspace.experiment.reward, references)
+    if found.offline is not None:
+        train = set(prompts.of_split(found.prompts, "train")["prompt_id"].to_pylist())
+        if train.isdisjoint(found.offline["prompt_id"].to_pylist()):
+            raise DataError(
+                f"none of the {len(train)} training prompts has a completion of its own",
+                where="training_data.mode 'offline'",
+                remedy="look at prompts.chosen_field or prompts.completion_fields",
+            )
+
+
+def _check_budget(experiment: Experiment) -> None:
+    """Refuse fewer references than the objective can be computed with."""
+    data, objective = experiment.training_data, experiment.objective
+    count = experiment.sampling.references_per_prompt
+    if objective.kind != "qrpo":
+        needed = {"pairs": 2, "best_worst": data.pool or 2, "offline": 1}[data.mode]
+        why = "a pair needs two completions"
+    elif data.mode == "offline" and data.references == "offline":
+        return
+    else:
+        outside = data.pool or 0
+        needed = outside + fewest_references(objective)
+        why = f"transform {objective.transform!r}, and each is left out of its own comparison"
+        why += f", beside a selection pool of {outside}" if outside else ""
+    if count < needed:
+        raise ConfigError(
+            f"sampling.references_per_prompt = {count} is too few",
+            where=f"training_data.mode {data.mode!r}, objective.kind {objective.kind!r}",
+            remedy=f"set it to {needed} or more ({why})",
+        )

@@ -29,12 +29,28 @@ PROMPTS = pa.schema(
     ]
 )
 
+#: Completions that the data set brings. Pairs: one row a side, so a text that stands in several pairs of a
+#: prompt has several rows with one (prompt_id, sample_index). Graded: one row a completion.
 OFFLINE = pa.schema(
     [
         _field("prompt_id", pa.string(), "the prompt that is answered"),
-        _field("sample_index", pa.int32(), "0, 1, ... in the order of the source row"),
+        _field(
+            "sample_index",
+            pa.int32(),
+            "function of `text` alone (ids.completion_index); with prompt_id the completion's identity, "
+            "which in pairs may occur in several rows, also once as chosen and once as rejected",
+        ),
         _field("text", pa.string(), "the completion, undecorated"),
-        _field("label", pa.string(), "chosen or rejected"),
+        _field("label", pa.string(), "chosen or rejected; empty for a completion that is in no pair"),
+        _field(
+            "pair",
+            pa.int32(),
+            "0-based number of the pair within its prompt, in source order: joins its two rows, and names "
+            "nothing outside this table; null for a completion that is in no pair",
+            nullable=True,
+        ),
+        _field("reward", pa.float64(), "the grade that the data set gives; null for none", nullable=True),
+        _field("source", pa.string(), "the row where it first stands; and the field, if not in a pair"),
     ]
 )
 
@@ -79,8 +95,16 @@ RANK_COUNTS = pa.schema(
         _field("reward", pa.float64(), "its reward"),
         _field("below", pa.int64(), "references with a smaller reward"),
         _field("equal", pa.int64(), "references with an equal reward, itself left out"),
-        _field("n", pa.int64(), "references compared with, itself left out"),
+        _field("n", pa.int64(), "references compared with, itself left out; 0 where nothing is ranked"),
         _field("in_pool", pa.bool_(), "whether the completion is itself a reference"),
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt"),
+        _field("chosen", pa.int32(), "sample_index of the preferred completion"),
+        _field("rejected", pa.int32(), "sample_index of the other"),
     ]
 )
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qrpo_core.evaluation.summary import headline, normalisation, summary_rows
 from qrpo_core.plan import StagePlan
-from qrpo_core.steps import policies
 from qrpo_core.steps.chain import stored_chain
 from qrpo_core.steps.evaluation import filtered, result_of
+from qrpo_core.steps.rounds import Made
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
 
@@ -55,12 +56,12 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 def result_lines(workspace: Workspace) -> list[str]:
     """The headline, the evaluation's table, the normalisation check, what was left out, and the paths."""
     made = results(workspace)
-    result = result_of(made["evaluate"])
-    diagnostics: dict[str, Any] = made["train"].facts["diagnostics"]
+    result = result_of(made.evaluate)
+    diagnostics: dict[str, Any] = made.train.facts["diagnostics"]
     rows = [("held-out evaluation", ""), *summary_rows(result), *normalisation_rows(diagnostics)]
     left = [("left out, merged or failed", "count", "why")]
-    left += [(row["what"], f"{row['count']:,}", row["why"]) for row in filtered(made)]
-    policy = workspace.artifacts.folder(made["train"], "policy")
+    left += [(row["what"], f"{row['count']:,}", row["why"]) for row in filtered(made.prompts, made.rounds)]
+    policy = workspace.artifacts.folder(made.train, "policy")
     paths = [f"Policy: {policy}", f"Report: {report_path(workspace)}"]
     return [str(headline(result)), "", *table(rows), "", *table(left), "", *paths]
 
@@ -83,26 +84,30 @@ def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def results(workspace: Workspace) -> dict[str, Manifest]:
-    """The manifests of a finished run, by step; MissingError names the first that is absent."""
-    chain = stored_chain(workspace)
-    made = {
-        name: workspace.artifacts.get(recipe)
-        for name, recipe in {
-            "prompts": chain.prompts,
-            "quantiles": chain.quantiles,
-            "training_set": chain.training_set,
-            "train": chain.train,
-        }.items()
-    }
-    end = chain.after(policies.stored(workspace, made["train"]))
-    return made | {
-        "evaluate": workspace.artifacts.get(end.evaluate),
-        "report": workspace.artifacts.get(end.report),
-    }
+@dataclass(frozen=True)
+class Results:
+    """The manifests of a finished run."""
+
+    prompts: Manifest
+    rounds: tuple[Made, ...]
+    evaluate: Manifest
+    report: Manifest
+
+    @property
+    def train(self) -> Manifest:
+        """The training whose policy is the result."""
+        return self.rounds[-1].train
+
+
+def results(workspace: Workspace) -> Results:
+    """What a finished run made; MissingError names the first that is absent."""
+    chain, get = stored_chain(workspace), workspace.artifacts.get
+    rounds = list(chain.rounds())
+    made = tuple(each.made for each in rounds)
+    end = chain.after(rounds[-1])
+    return Results(get(chain.prompts), made, get(end.evaluate), get(end.report))
 
 
 def report_path(workspace: Workspace) -> Path:
     """A local path of the HTML report; downloaded once from a remote store."""
-    report = results(workspace)["report"]
-    return workspace.artifacts.file(report, "report.html")
+    return workspace.artifacts.file(results(workspace).report, "report.html")

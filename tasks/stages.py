@@ -17,10 +17,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.utilities.annotations import quote
 
 from qrpo_core.config import Experiment
+from qrpo_core.steps import training
 from qrpo_core.steps.blocks import BlockStep
+from qrpo_core.steps.rounds import Round
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
-from qrpo_core.store.blocks import BlockPlan
+from qrpo_core.store.blocks import BlockPlan, count_rows
 from qrpo_core.store.recipe import Recipe
 from tasks.cache import coarse_task
 from tasks.progress import announce, stage_progress
@@ -73,8 +75,9 @@ def _build(recipe: Recipe, store: Any, build: Callable[[], Manifest]) -> str:
 def fill(workspace: Workspace, step: BlockStep) -> Stage:
     """A block stage: compute the rows that are asked for and not in the store."""
     started = time.monotonic()
-    wanted = sum(step.wanted.values())
-    plans = workspace.blocks.plan(step.recipe, step.wanted, workspace.experiment.store.rows_per_block)
+    rows = step.wanted
+    wanted = count_rows(rows)
+    plans = workspace.blocks.plan(step.recipe, rows, workspace.experiment.store.rows_per_block)
     missing = sum(plan.rows for plan in plans)
     if plans:
         with stage_progress(step.label, missing) as advance:
@@ -87,6 +90,36 @@ def fill(workspace: Workspace, step: BlockStep) -> Stage:
     result = Stage(step.label, wanted - missing, missing, state, time.monotonic() - started)
     announce(result.stage, result.reused, result.computed, "rows", result.seconds)
     return result
+
+
+def prepare(workspace: Workspace, round_: Round) -> list[Stage]:
+    """Everything of a round before its training."""
+    stages = [fill(workspace, step) for step in round_.row_steps]
+    label = round_.label
+    stages.append(make(workspace, label("quantiles"), round_.quantiles, round_.build_quantiles))
+    stages.append(fill(workspace, round_.logprobs))
+    stages.append(make(workspace, label("training set"), round_.training_set, round_.build_training_set))
+    return stages
+
+
+def fit(workspace: Workspace, round_: Round) -> Stage:
+    """The training of a round; one that was interrupted goes on from its last checkpoint."""
+
+    def build() -> Manifest:
+        data = workspace.artifacts.get(round_.training_set)
+        examples = training.example_count(workspace, data)
+        steps = training.optimiser_steps(workspace.experiment.training, examples)
+        with stage_progress(round_.label("train"), steps, "steps") as advance:
+            done = 0
+
+            def on_step(step: int, total: int, logs: dict[str, float]) -> None:
+                nonlocal done
+                advance(step - done)
+                done = step
+
+            return training.build(workspace, round_.train, data, round_.start, on_step)
+
+    return make(workspace, round_.label("train"), round_.train, build)
 
 
 @task(name="block", cache_policy=NO_CACHE)

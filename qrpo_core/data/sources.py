@@ -14,6 +14,10 @@ kind: file
     with a user turn. `reference_field`, if named, holds any JSON value; an explicit null is a row without.
     `chosen_field` and `rejected_field`, if named, hold completions: a string, a list with the
     assistant's turn alone, or the whole conversation, whose turns before the last must be the prompt's.
+    `completion_fields`, if named, are columns of further completions: each a completion as above, a
+    mapping that holds one under `completion_text_field`, a list of either, or null. The mapping's reward
+    stands under `completion_reward_field`, if named: a number, true or false (1 or 0), or null for none;
+    its other keys are not read.
     Where they are conversations the prompt field may be absent, unless prompts.prompt_field was set.
 
 kind: hub
@@ -21,14 +25,15 @@ kind: hub
     in kind file.
 
 For all kinds `system` is put before prompts that have no system turn (and makes them other prompts), equal
-prompts are merged, unequal references of one prompt are refused, and `limit` keeps the first prompts.
+prompts are merged with their completions, unequal references of one prompt are refused, and `limit` keeps
+the first prompts. Equal completions of a prompt are one; unequal rewards of one are refused.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +57,15 @@ class PromptSet:
     """The prompts of one source.
 
     prompts : table `records.PROMPTS`, one row a distinct prompt, in source order of first occurrence.
-    offline : table `records.OFFLINE`; the first pair of a prompt has sample_index 0 (chosen) and 1
-        (rejected), a second, different pair of the same prompt 2 and 3. Empty without pairs.
+    offline : table `records.OFFLINE`, grouped by prompt: every different pair as two rows, chosen and
+        rejected, or every different further completion as one. Empty without pairs and completions.
     counts : what happened to the rows. Always there: read (rows, or items drawn), merged (rows whose prompt
         came before, with an equal reference), filtered (prompts beyond `limit`, all their first rows),
-        prompts, train, held_out. read = prompts + merged + filtered. Where they occur: blank_lines,
-        without_reference, without_pair, repeated_pairs (equal pairs of one prompt), empty_completions,
-        ignored_message_keys.
+        prompts, train, held_out. read = prompts + merged + filtered. Where they occur, over all rows:
+        blank_lines, without_reference, without_pair, equal_pairs (chosen and rejected are the same text;
+        they are kept), without_completions, ungraded_completions (reward null where one is asked for),
+        empty_completions, ignored_message_keys; over the prompts within `limit`: repeated_pairs and
+        repeated_completions (equal to an earlier one of the same prompt; they are taken once).
     """
 
     prompts: pa.Table
@@ -71,8 +78,8 @@ def load_prompts(config: PromptsConfig, storage_options: dict[str, Any] | None =
 
     `storage_options` go to fsspec for a path with a protocol (s3://) and are not used otherwise.
     Raises ConfigError for a source that cannot be meant, and DataError for one that cannot be read:
-    missing, empty, an unreadable row (with its place), unequal references of one prompt, or a split that
-    leaves nothing to train on or nothing to evaluate on.
+    missing, empty, an unreadable row (with its place), unequal references of one prompt or rewards of one
+    completion, or a split that leaves nothing to train on or nothing to evaluate on.
     """
     notes: Counter[str] = Counter()
     table = _Table(config)
@@ -128,7 +135,7 @@ class _Table:
         self.rows: list[tuple[Any, ...]] = []
         #: Of every prompt: digest of its reference, its first place, whether it is within the limit.
         self.seen: dict[str, tuple[str, str, bool]] = {}
-        self.pairs: dict[str, tuple[tuple[str, str], ...]] = {}
+        self.offline = _Offline()
 
     def add(self, row: Row) -> None:
         """Take one row; DataError if its prompt came before with another reference."""
@@ -147,12 +154,8 @@ class _Table:
                 where=row.source,
                 remedy="keep one of the two rows",
             )
-        if row.pair is not None and before[2]:
-            pairs = self.pairs.get(prompt, ())
-            if row.pair in pairs:
-                self.counts["repeated_pairs"] += 1
-            else:
-                self.pairs[prompt] = (*pairs, row.pair)
+        if before[2]:
+            self.offline.add(prompt, row)
 
     def _keep(
         self, prompt: str, messages: list[Message], reference: str | None, digest: str, source: str
@@ -172,7 +175,7 @@ class _Table:
         """The tables, checked, and the counts; DataError if one side of the split is empty."""
         self._flush()
         repeated = notes.pop("repeated", 0)
-        notes["repeated_pairs"] = self.counts["repeated_pairs"]
+        notes.update(self.offline.counts)
         counts = {
             "read": self.read + repeated,
             "merged": self.read - len(self.seen) + repeated,
@@ -182,16 +185,76 @@ class _Table:
         }
         _check_split(self.config, counts)
         prompts = check_table(pa.concat_tables(self.chunks), PROMPTS, "prompts")
-        return PromptSet(prompts, self._offline(), counts)
+        return PromptSet(prompts, self.offline.table(), counts)
 
-    def _offline(self) -> pa.Table:
-        rows = [
-            (prompt, 2 * number + side, text, label)
-            for prompt, pairs in self.pairs.items()
-            for number, pair in enumerate(pairs)
-            for side, (text, label) in enumerate(zip(pair, ("chosen", "rejected"), strict=True))
-        ]
+
+class _Offline:
+    """Collects the completions of prompts: pairs or graded completions, each once."""
+
+    def __init__(self) -> None:
+        self.counts = Counter[str]()
+        #: Of every prompt: its pairs, and the place of each.
+        self.pairs: dict[str, dict[tuple[str, str], str]] = {}
+        #: Of every prompt: its further completions, and the reward and the place of each.
+        self.graded: dict[str, dict[str, tuple[float | None, str]]] = {}
+
+    def add(self, prompt: str, row: Row) -> None:
+        """Take the completions of one row; DataError for one that came before with another reward."""
+        if row.pair is not None:
+            pairs = self.pairs.setdefault(prompt, {})
+            self.counts["repeated_pairs"] += row.pair in pairs
+            pairs.setdefault(row.pair, row.source)
+        if not row.completions:
+            return
+        known = self.graded.setdefault(prompt, {})
+        for completion in row.completions:
+            text, reward = completion.text, completion.reward
+            before = known.get(text)
+            if before is None:
+                known[text] = (reward, f"{row.source}, {completion.place}")
+            elif before[0] == reward:
+                self.counts["repeated_completions"] += 1
+            else:
+                raise DataError(
+                    f"the completion of {before[1]} stands in {completion.place} with the reward "
+                    f"{_grade(reward)}, there with {_grade(before[0])}",
+                    where=row.source,
+                    remedy="keep one of the two, or give both the same reward",
+                )
+
+    def table(self) -> pa.Table:
+        """Table OFFLINE; DataError where two different texts of one prompt have the same number."""
+        rows: list[tuple[Any, ...]] = []
+        for prompt, pairs in self.pairs.items():
+            sides = [
+                (text, label, number, None, source)
+                for number, (pair, source) in enumerate(pairs.items())
+                for text, label in zip(pair, ("chosen", "rejected"), strict=True)
+            ]
+            rows += _numbered(prompt, sides)
+        for prompt, known in self.graded.items():
+            rows += _numbered(prompt, [(text, "", None, *graded) for text, graded in known.items()])
         return check_table(_from_rows(rows, OFFLINE), OFFLINE, "offline completions")
+
+
+def _numbered(prompt: str, rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Rows of one prompt, (text, ..., source), with prompt and sample_index put before them."""
+    holders: dict[int, tuple[Any, ...]] = {}
+    for row in rows:
+        index = ids.completion_index(row[0])
+        holder = holders.setdefault(index, row)
+        if holder[0] != row[0]:
+            raise DataError(
+                f"two completions of one prompt have the same number {index}; the other is that of "
+                f"{holder[-1]}",
+                where=row[-1],
+                remedy="change one of the two texts by a character, or leave it out",
+            )
+        yield (prompt, index, *row)
+
+
+def _grade(reward: float | None) -> str:
+    return "null" if reward is None else str(reward)
 
 
 def _from_rows(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
@@ -212,6 +275,8 @@ def _names(row: Row, messages: list[Message]) -> tuple[str, str | None, str]:
         prompt = ids.prompt_id(messages)
         for text in row.pair or ():
             text.encode()
+        for completion in row.completions:
+            completion.text.encode()
         if row.reference is None:
             return prompt, None, ""
         return prompt, ids.canonical_json(row.reference), ids.digest_json(row.reference)

@@ -24,9 +24,9 @@ from qrpo_core.engines.base import (
 from qrpo_core.engines.decoding import Decoder, TableRun
 from qrpo_core.engines.numerics import compute_dtype, mixed_precision, native_bfloat16, pick_device
 from qrpo_core.engines.slots import ATTENTION, SlotCache
-from qrpo_core.errors import EngineError
+from qrpo_core.errors import EngineError, ModelError
 from qrpo_core.policy import load_model
-from qrpo_core.train.forward import policy_logprobs
+from qrpo_core.train.forward import check_head, policy_logprobs
 
 
 class TransformersEngine:
@@ -138,8 +138,7 @@ class TransformersEngine:
             name: batch[name].to(self._device) for name in ("input_ids", "attention_mask", "completion_mask")
         }
         if not self._head_checked:
-            self._check_head(model, inputs["input_ids"][:1, :8])
-            self._head_checked = True
+            self._check_head(inputs["input_ids"][:1, :8])
         sums = policy_logprobs(model, **inputs).double().cpu().numpy()
         if not np.isfinite(sums).all():
             raise EngineError(
@@ -148,17 +147,9 @@ class TransformersEngine:
             )
         return sums
 
-    def _check_head(self, model: Any, ids: torch.Tensor) -> None:
-        """Refuse models whose logits are more than their output layer times their last hidden state."""
-        everything = torch.ones_like(ids)
-        after_first = everything.bool()
-        after_first[:, 0] = False
-        ours = float(policy_logprobs(model, ids, everything, after_first))
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        theirs = float(logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum())
-        if abs(ours - theirs) > 0.05 * ids.shape[1] + 0.01 * abs(theirs):
-            raise EngineError(
-                f"{type(model).__name__} scales its logits in a way that is not known here: log-prob "
-                f"{ours:.3f} against its own {theirs:.3f} nats",
-                remedy="use another model",
-            )
+    def _check_head(self, ids: torch.Tensor) -> None:
+        try:
+            check_head(self._model, ids)
+        except ModelError as error:
+            raise EngineError(error.message, remedy=error.remedy) from None
+        self._head_checked = True

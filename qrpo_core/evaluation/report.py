@@ -201,7 +201,7 @@ def _missing(drawn: set[str]) -> list[str]:
     """What the reader might look for and why it is not here."""
     notes = []
     if "quantiles" not in drawn:
-        notes.append("No training set was given: no figures of quantiles and targets.")
+        notes.append("No calibrated targets (a baseline has none): no figures of quantiles and targets.")
     if "training" not in drawn:
         notes.append("The training history holds no curve: no figure of the training.")
     return notes

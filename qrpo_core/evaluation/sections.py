@@ -10,21 +10,37 @@ from qrpo_core.evaluation.metrics import EvaluationResult
 from qrpo_core.evaluation.summary import headline, normalisation, number, percent, reward_decimals, spelled
 
 _DIAGNOSTICS = {
+    "objective": "Objective",
     "normaliser": "Normaliser (log Z)",
     "convention": "Ties count as",
     "transform": "Transform f",
     "beta": "beta, reward units",
+    "mean_beta": "beta over length, mean",
+    "beta_max_binds": "Completions whose beta over length was cut to beta_max",
     "references": "Reference completions",
     "references_per_prompt": "References a prompt, mean",
     "training_prompts": "Training prompts",
     "training_rows": "Training completions",
-    "tie_rate": "Completions that tie with another",
+    "training_pairs": "Training pairs",
+    "prompts_with_too_few_references": "Prompts left out: too few scored references",
+    "tie_rate": "References that tie with another",
+    "largest_atom": "Share of a prompt's commonest reward, mean",
     "signal_free_prompts": "Prompts without signal (all rewards equal)",
+    "better_than_all_references": "Training completions no reference beats",
+    "worse_than_all_references": "Training completions that beat no reference",
+    "quantile_distance_from_uniform": "Distance of their quantiles from uniform (Kolmogorov-Smirnov)",
+    "length_correlation": "Correlation of reward with log length, within prompts",
     "positive_targets": "Completions with a positive target",
     "largest_log_ratio_target": "Largest target, nats",
     "smallest_log_ratio_target": "Smallest target, nats",
 }
-_SHARES = {"tie_rate", "positive_targets"}
+_SHARES = {
+    "tie_rate",
+    "largest_atom",
+    "better_than_all_references",
+    "worse_than_all_references",
+    "positive_targets",
+}
 _STAGE_COLUMNS = ("stage", "rows", "reused", "computed", "blocks", "seconds", "note")
 
 

@@ -6,6 +6,7 @@ missing, how it is packed and when it is committed is the store's affair (`qrpo_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,10 +18,10 @@ from qrpo_core.ids import sample_seed
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
 from qrpo_core.rewards.base import RewardRequest
 from qrpo_core.rewards.registry import reward_identity
-from qrpo_core.steps import prompts as prompt_step
+from qrpo_core.steps.completions import Completions
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.workspace import Workspace
-from qrpo_core.store.blocks import BlockPlan
+from qrpo_core.store.blocks import BlockPlan, Wanted, row_key
 from qrpo_core.store.recipe import Recipe
 
 SAMPLE_VERSION = 1
@@ -40,10 +41,10 @@ def sample_recipe(workspace: Workspace, policy_digest: str) -> Recipe:
     return Recipe("sample", SAMPLE_VERSION, config, {"policy": drawn_from})
 
 
-def reward_recipe(workspace: Workspace, completions: Recipe) -> Recipe:
-    """Decided by the scorer and the completions that it scores."""
+def reward_recipe(workspace: Workspace, texts: Recipe) -> Recipe:
+    """Decided by the scorer and the texts that it scores."""
     config = reward_identity(workspace.experiment.reward)
-    return Recipe("reward", REWARD_VERSION, config, {"completions": completions.key})
+    return Recipe("reward", REWARD_VERSION, config, {"completions": texts.key})
 
 
 def logprob_recipe(workspace: Workspace, policy_digest: str, completions: Recipe) -> Recipe:
@@ -62,7 +63,7 @@ class BlockStep(Protocol):
     @property
     def schema(self) -> pa.Schema: ...
     @property
-    def wanted(self) -> dict[str, int]: ...
+    def wanted(self) -> Wanted: ...
     @property
     def label(self) -> str: ...
 
@@ -87,8 +88,15 @@ class SampleStep:
         return sample_recipe(self.workspace, self.policy.digest)
 
     @property
-    def wanted(self) -> dict[str, int]:
-        return prompt_step.wanted(self.prompts, self.count)
+    def texts(self) -> Recipe:
+        return self.recipe
+
+    @property
+    def wanted(self) -> Wanted:
+        return dict.fromkeys(self.prompts["prompt_id"].to_pylist(), range(self.count))
+
+    def read(self, pairs: Sequence[tuple[str, int]]) -> pa.Table:
+        return self.workspace.blocks.read_pairs(self.recipe, pairs, COMPLETIONS)
 
     def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
         settings = self.workspace.experiment.sampling
@@ -123,25 +131,32 @@ class SampleStep:
 
 @dataclass(frozen=True)
 class RewardStep:
-    """Score the completions of a sample step."""
+    """Score completions."""
 
-    samples: SampleStep
+    completions: Completions
     label: str
     schema = REWARDS
 
     @property
     def recipe(self) -> Recipe:
-        return reward_recipe(self.samples.workspace, self.samples.recipe)
+        return reward_recipe(self.completions.workspace, self.completions.texts)
 
     @property
-    def wanted(self) -> dict[str, int]:
-        return prompt_step.wanted_rewards(self.samples.prompts, self.samples.count)
+    def wanted(self) -> Wanted:
+        """Rows by prompt and by what it is checked against, so that a changed reference is scored anew."""
+        prompts, wanted = self.completions.prompts, self.completions.wanted
+        ids, digests = (prompts[name].to_pylist() for name in ("prompt_id", "reference_digest"))
+        pairs = zip(ids, digests, strict=True)
+        return {row_key(prompt, digest): wanted[prompt] for prompt, digest in pairs if prompt in wanted}
+
+    def read(self) -> pa.Table:
+        """Every row, REWARDS."""
+        return self.completions.workspace.blocks.read(self.recipe, self.wanted, REWARDS)
 
     def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
-        workspace = self.samples.workspace
-        rows = {row["prompt_id"]: row for row in self.samples.prompts.to_pylist()}
+        workspace = self.completions.workspace
+        rows = {row["prompt_id"]: row for row in self.completions.prompts.to_pylist()}
         pairs = [(key.partition(".")[0], index) for key, index in plan.pairs()]
-        completions = workspace.blocks.read_pairs(self.samples.recipe, pairs, COMPLETIONS)
         requests = [
             RewardRequest(
                 prompt,
@@ -150,7 +165,9 @@ class RewardStep:
                 text,
                 rows[prompt]["reference"],
             )
-            for (prompt, index), text in zip(pairs, completions.column("text").to_pylist(), strict=True)
+            for (prompt, index), text in zip(
+                pairs, self.completions.read(pairs)["text"].to_pylist(), strict=True
+            )
         ]
         scores = workspace.reward().score(requests, progress)
         table = pa.table(
@@ -168,23 +185,28 @@ class RewardStep:
 
 @dataclass(frozen=True)
 class LogprobStep:
-    """Log-probabilities of a sample step's completions under a policy, at the trainer's precision."""
+    """Log-probabilities of completions under a policy, at the trainer's precision.
 
-    samples: SampleStep
+    rows : which of the completions; all of them by default.
+    """
+
+    completions: Completions
     policy: Policy
     label: str
+    rows: Wanted | None = None
     schema = LOGPROBS
 
     @property
     def recipe(self) -> Recipe:
-        return logprob_recipe(self.samples.workspace, self.policy.digest, self.samples.recipe)
+        workspace = self.completions.workspace
+        return logprob_recipe(workspace, self.policy.digest, self.completions.recipe)
 
     @property
-    def wanted(self) -> dict[str, int]:
-        return self.samples.wanted
+    def wanted(self) -> Wanted:
+        return self.completions.wanted if self.rows is None else self.rows
 
     def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
-        workspace = self.samples.workspace
+        workspace = self.completions.workspace
         pairs = list(plan.pairs())
         chat = workspace.chat(self.policy.directory)
         engine = workspace.engine(
@@ -192,13 +214,9 @@ class LogprobStep:
             kind="transformers",  # the trainer's own numerics, whichever engine drew the rows
             precision=workspace.experiment.training.precision,
         )
-        messages = _messages(self.samples.prompts)
+        messages = _messages(self.completions.prompts)
         prompts = {run.key: chat.prompt_token_ids(messages[run.key]) for run in plan.runs}
-        tokens = (
-            workspace.blocks.read_pairs(self.samples.recipe, pairs, COMPLETIONS)
-            .column("token_ids")
-            .to_pylist()
-        )
+        tokens = self.completions.read(pairs)["token_ids"].to_pylist()
         asked = [ScoreRequest(prompts[key], tuple(ids)) for (key, _), ids in zip(pairs, tokens, strict=True)]
         table = pa.table(
             {

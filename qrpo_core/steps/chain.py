@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import pyarrow as pa
 
 from qrpo_core.errors import MissingError
-from qrpo_core.records import PROMPTS
-from qrpo_core.steps import evaluation, policies, prompts, quantiles, training, training_set
+from qrpo_core.steps import evaluation, policies, prompts
 from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep, SampleStep
 from qrpo_core.steps.policies import Policy
-from qrpo_core.steps.tables import load
+from qrpo_core.steps.prompts import PromptTables
+from qrpo_core.steps.rounds import Round, first_round, next_round
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class TrainingSteps:
-    """Reference completions of the training prompts, their rewards and their log-probs."""
-
-    samples: SampleStep
-    rewards: RewardStep
-    logprobs: LogprobStep
-
-    def __iter__(self) -> Iterator[BlockStep]:
-        return iter((self.samples, self.rewards, self.logprobs))
 
 
 @dataclass(frozen=True)
@@ -49,15 +38,6 @@ class KLSteps:
 
     def __iter__(self) -> Iterator[BlockStep]:
         return iter((self.policy, self.reference))
-
-
-def training_steps(workspace: Workspace, table: pa.Table, policy: Policy) -> TrainingSteps:
-    """The pre-computation: `sampling.references_per_prompt` samples of every training prompt."""
-    count = workspace.experiment.sampling.references_per_prompt
-    samples = SampleStep(workspace, policy, prompts.of_split(table, "train"), count, "sample references")
-    return TrainingSteps(
-        samples, RewardStep(samples, "score references"), LogprobStep(samples, policy, "reference log-probs")
-    )
 
 
 def held_out_steps(workspace: Workspace, table: pa.Table, policy: Policy, when: str) -> HeldOutSteps:
@@ -85,14 +65,40 @@ class Chain:
     reference: Policy
     table: pa.Table
     prompts: Recipe
-    training: TrainingSteps
+    first: Round
     before: HeldOutSteps
-    quantiles: Recipe
-    training_set: Recipe
-    train: Recipe
 
-    def after(self, trained: Policy) -> EvaluationChain:
-        """What follows once there is a trained policy."""
+    def after_round(self, round_: Round) -> Round | None:
+        """The next round, once the policy of this one is in the store; None after the last."""
+        if round_.number == self.workspace.experiment.rounds.count:
+            return None
+        return next_round(round_, self.prompts, trained_policy(round_))
+
+    def rounds(self) -> Iterator[Round]:
+        """Every round; one more than the store has policies for raises MissingError."""
+        here: Round | None = self.first
+        while here is not None:
+            yield here
+            here = self.after_round(here)
+
+    def round(self, number: int) -> Round:
+        """A round by its number; MissingError while one before it is not trained."""
+        return next(islice(self.rounds(), number - 1, None))
+
+    def planned_rounds(self) -> Iterator[Round]:
+        """The rounds that are known by now: those made, and the first that is not."""
+        for round_ in self.rounds():
+            yield round_
+            if self.workspace.artifacts.find(round_.train) is None:
+                return
+
+    def last(self) -> Round:
+        """The round whose policy is the result; MissingError while one before it is not trained."""
+        return self.round(self.workspace.experiment.rounds.count)
+
+    def after(self, round_: Round) -> EvaluationChain:
+        """What follows once the policy of a round is in the store."""
+        trained = trained_policy(round_)
         after = held_out_steps(self.workspace, self.table, trained, "after")
         divergence = kl_steps(after, trained, self.reference)
         inputs = {
@@ -103,35 +109,35 @@ class Chain:
             "ref_logprobs": divergence.reference.recipe,
         }
         evaluate = evaluation.recipe(self.workspace, inputs)
-        report = evaluation.report_recipe(self.workspace, evaluate, self.train)
-        return EvaluationChain(after, divergence, evaluate, report)
+        report = evaluation.report_recipe(self.workspace, evaluate, round_.train)
+        return EvaluationChain(round_, after, divergence, evaluate, report)
 
 
 @dataclass(frozen=True)
 class EvaluationChain:
-    """The steps and recipes that need the trained policy."""
+    """The steps and recipes that need the trained policy of a round."""
 
+    round: Round
     after: HeldOutSteps
     divergence: KLSteps
     evaluate: Recipe
     report: Recipe
 
 
-def chain(workspace: Workspace, reference: Policy, asked: Recipe, table: pa.Table) -> Chain:
-    """Put the steps together. asked : the prompts' recipe. table : PROMPTS rows."""
-    steps = training_steps(workspace, table, reference)
-    ranked = quantiles.recipe(asked, steps.rewards)
-    assembled = training_set.recipe(ranked, steps.logprobs)
+def trained_policy(round_: Round) -> Policy:
+    """The policy that a round made; MissingError if it has not yet."""
+    return policies.stored(round_.workspace, round_.workspace.artifacts.get(round_.train))
+
+
+def chain(workspace: Workspace, reference: Policy, asked: Recipe, found: PromptTables) -> Chain:
+    """Put the steps together. asked : the prompts' recipe."""
     return Chain(
         workspace,
         reference,
-        table,
+        found.prompts,
         asked,
-        steps,
-        held_out_steps(workspace, table, reference, "before"),
-        ranked,
-        assembled,
-        training.recipe(workspace, assembled, reference),
+        first_round(workspace, reference, asked, found.prompts, found.offline),
+        held_out_steps(workspace, found.prompts, reference, "before"),
     )
 
 
@@ -145,4 +151,4 @@ def stored_chain(workspace: Workspace) -> Chain:
         )
     asked = prompts.recipe(workspace)
     manifest = workspace.artifacts.get(asked)
-    return chain(workspace, reference, asked, load(workspace, manifest, "prompts.parquet", PROMPTS))
+    return chain(workspace, reference, asked, prompts.stored(workspace, manifest))

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qrpo_core import __version__
 from qrpo_core.config import recipe_fields
 from qrpo_core.evaluation.inputs import EVALUATED, EVALUATED_AFTER, EvaluationInput
 from qrpo_core.evaluation.metrics import EvaluationResult, evaluate_policies
-from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
+from qrpo_core.records import COMPLETIONS, LOGPROBS
 from qrpo_core.steps.blocks import BlockStep, RewardStep
 from qrpo_core.steps.tables import load, to_bytes
-from qrpo_core.steps.training_set import TrainingData, derive
+from qrpo_core.steps.targets import TrainingData, derive
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.blocks import count_rows
 from qrpo_core.store.recipe import Recipe
 
 if TYPE_CHECKING:
     from qrpo_core.steps.chain import Chain, EvaluationChain
+    from qrpo_core.steps.rounds import Made, Round
 
 VERSION = 1
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 def recipe(workspace: Workspace, inputs: Mapping[str, Recipe]) -> Recipe:
@@ -67,9 +70,9 @@ def result_of(manifest: Manifest) -> EvaluationResult:
 
 def _evaluated(workspace: Workspace, rewards: RewardStep) -> pa.Table:
     # Both reads come in the order of the same prompts and indices, each row once.
-    samples = rewards.samples
-    completions = workspace.blocks.read(samples.recipe, samples.wanted, COMPLETIONS)
-    scores = workspace.blocks.read(rewards.recipe, rewards.wanted, REWARDS)
+    drawn = rewards.completions
+    completions = workspace.blocks.read(drawn.recipe, drawn.wanted, COMPLETIONS)
+    scores = rewards.read()
     if not completions.select(["prompt_id", "sample_index"]).equals(
         scores.select(["prompt_id", "sample_index"])
     ):
@@ -90,29 +93,27 @@ def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Ma
     def make(scratch: Path) -> Built:
         from qrpo_core.evaluation.report import ReportInput, pick_examples, render_report
 
-        recipes = {
-            "prompts": chain.prompts,
-            "quantiles": chain.quantiles,
-            "training_set": chain.training_set,
-            "train": chain.train,
-            "evaluate": end.evaluate,
-        }
-        made = {name: workspace.artifacts.get(recipe) for name, recipe in recipes.items()}
-        steps = [*chain.training, *chain.before, *end.after, *end.divergence]
-        before = load(workspace, made["evaluate"], "before.parquet", EVALUATED)
-        after = load(workspace, made["evaluate"], "after.parquet", EVALUATED_AFTER)
-        data = derive(workspace, made["training_set"])
+        rounds = [(each, each.made) for each in chain.rounds()]
+        found = workspace.artifacts.get(chain.prompts)
+        evaluated = workspace.artifacts.get(end.evaluate)
+        before = load(workspace, evaluated, "before.parquet", EVALUATED)
+        after = load(workspace, evaluated, "after.parquet", EVALUATED_AFTER)
+        data = derive(workspace, rounds[-1][1].training_set)
+        steps = [*chain.before, *end.after, *end.divergence]
         report = ReportInput(
             experiment=workspace.experiment.model_dump(mode="json"),
-            evaluation=result_of(made["evaluate"]),
+            evaluation=result_of(evaluated),
             before=before,
             after=after,
             training=_training_rows(data),
             diagnostics=data.diagnostics,
-            history=json.loads(workspace.artifacts.read(made["train"], "history.json")),
-            stages=[*(cost(workspace, step) for step in steps), _training_cost(made["train"])],
-            filtered=filtered(made),
-            lineage=_lineage(made, steps),
+            history=_history(workspace, [made.train for _, made in rounds]),
+            stages=[
+                *(row for each, made in rounds for row in _round_costs(workspace, each, made)),
+                *(cost(workspace, step) for step in steps),
+            ],
+            filtered=filtered(found, [made for _, made in rounds]),
+            lineage=_lineage(found, rounds, evaluated, steps),
             examples=pick_examples(before, after, chain.table),
         )
         return {"report.html": render_report(report).encode()}, {}
@@ -129,77 +130,115 @@ def cost(workspace: Workspace, step: BlockStep) -> dict[str, Any]:
     note = f"{tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
     return {
         "stage": step.label,
-        "rows": sum(wanted.values()),
+        "rows": count_rows(wanted),
         "blocks": len(blocks),
         "seconds": seconds,
         "note": note,
     }
 
 
-def _training_cost(train: Manifest) -> dict[str, Any]:
-    note = f"{train.facts['steps']} steps"
-    return {
-        "stage": "train",
-        "rows": train.facts["rows"],
+def _round_costs(workspace: Workspace, round_: Round, made: Made) -> Iterator[dict[str, Any]]:
+    for step in (*round_.row_steps, round_.logprobs):
+        yield cost(workspace, step)
+    yield {
+        "stage": round_.label("train"),
+        "rows": made.train.facts["rows"],
         "blocks": 1,
-        "seconds": train.seconds,
-        "note": note,
+        "seconds": made.train.seconds,
+        "note": f"{made.train.facts['steps']} steps",
     }
 
 
-def filtered(artifacts: Mapping[str, Manifest]) -> list[dict[str, Any]]:
+def _history(workspace: Workspace, trained: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """The trainer's log of every round, its steps numbered on."""
+    entries: list[dict[str, Any]] = []
+    for manifest in trained:
+        before = entries[-1]["step"] if entries else 0
+        for entry in json.loads(workspace.artifacts.read(manifest, "history.json")):
+            entries.append({**entry, "step": before + entry["step"]})
+    return entries
+
+
+#: What selection may leave out, and why; zeros of what cannot occur in a mode are not listed.
+_SELECTION = {
+    "tied_pairs": (
+        "pairs with equal rewards",
+        "neither side is better, so a baseline learns nothing from them",
+    ),
+    "unpaired_rows": ("completions without a partner", "the other one of its pair has no reward"),
+    "pairs_with_an_unscored_side": ("pairs with an unscored side", "both need a reward"),
+    "label_contradicts_reward": ("pairs whose label contradicts the reward", "see training_data.preference"),
+}
+
+
+def filtered(prompts: Manifest, rounds: Sequence[Made]) -> list[dict[str, Any]]:
     """Everything that was left out, merged or not scored, with counts; zeros are kept and shown."""
-    prompts, quantiles = artifacts["prompts"].facts, artifacts["quantiles"].facts
-    counts = prompts["counts"]
+    counts = prompts.facts["counts"]
     rows = [
-        {
-            "what": "source rows merged",
-            "count": counts["merged"],
-            "why": "the same conversation as an earlier row",
-        },
-        {"what": "source rows not taken", "count": counts["filtered"], "why": "prompts.limit"},
+        _left("source rows merged", counts["merged"], "the same conversation as an earlier row"),
+        _left("source rows not taken", counts["filtered"], "prompts.limit"),
     ]
-    failed = {status: count for status, count in quantiles["status"].items() if status != "ok"}
-    rows += [
-        {"what": f"references with status {s}", "count": c, "why": "not in any quantile"}
-        for s, c in failed.items()
-    ]
-    if not failed:
-        rows.append({"what": "references without a reward", "count": 0, "why": "every one was scored"})
-    rows.append(
-        {
-            "what": "training prompts left out",
-            "count": quantiles["prompts_left_out"],
-            "why": "fewer than two scored references",
-        }
-    )
-    rows.append(
-        {
-            "what": "training completions cut by the length limit",
-            "count": artifacts["training_set"].facts["truncated"],
-            "why": "kept: dropping them would change the reference policy",
-        }
-    )
+    for number, made in enumerate(rounds, 1):
+        where = "" if number == 1 else f", round {number}"
+        rows += [_left(what + where, count, why) for what, count, why in _left_out(made)]
     return rows
 
 
+def _left_out(made: Made) -> Iterator[tuple[str, int, str]]:
+    facts = made.quantiles.facts
+    for name, statuses in (("completions", facts["status"]), ("references", facts.get("reference_status"))):
+        failed = {status: count for status, count in (statuses or {}).items() if status != "ok"}
+        for status, count in failed.items():
+            yield f"training {name} with status {status}", count, "not in any quantile"
+        if statuses and not failed:
+            yield f"training {name} without a reward", 0, "every one was scored"
+    for fact, (what, why) in _SELECTION.items():
+        if fact in facts:
+            yield what, facts[fact], why
+    few = made.train.facts["diagnostics"].get("prompts_with_too_few_references", 0)
+    yield "training prompts left out", facts["prompts_left_out"] + few, "too few scored completions"
+    cut = made.training_set.facts["truncated"]
+    yield "training completions cut by the length limit", cut, "kept: without them it is another policy"
+
+
+def _left(what: str, count: int, why: str) -> dict[str, Any]:
+    return {"what": what, "count": count, "why": why}
+
+
 def _training_rows(data: TrainingData) -> pa.Table:
-    targets = data.targets
-    return pa.table(
-        {
-            "prompt_id": data.table["prompt_id"],
-            "sample_index": data.table["sample_index"],
-            "reward": data.table["reward"],
-            "quantile": targets.quantile,
-            "target": targets.target,
-            "log_ratio_target": targets.log_ratio,
-            "num_tokens": [len(ids) for ids in data.table["token_ids"].to_pylist()],
+    """Rewards and lengths, and where there are targets, what they are."""
+    names = ("prompt_id", "sample_index", "reward")
+    table = data.table.select(names)
+    lengths = pc.list_value_length(data.table["token_ids"]).cast(pa.int64())
+    if data.targets is None:
+        table = table.slice(0, 0)
+        nothing = pa.array([], pa.float64())
+        columns = dict.fromkeys(("quantile", "target", "log_ratio_target"), nothing)
+    else:
+        targets = data.targets
+        columns = {
+            "quantile": pa.array(targets.quantile),
+            "target": pa.array(targets.target),
+            "log_ratio_target": pa.array(targets.log_ratio),
         }
-    )
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    return table.append_column("num_tokens", lengths.slice(0, len(table)))
 
 
-def _lineage(artifacts: Mapping[str, Manifest], steps: Sequence[BlockStep]) -> dict[str, str]:
-    keys = {name: f"artifacts/{manifest.step}/{manifest.key}" for name, manifest in artifacts.items()}
+def _lineage(
+    prompts: Manifest,
+    rounds: Sequence[tuple[Round, Made]],
+    evaluated: Manifest,
+    steps: Sequence[BlockStep],
+) -> dict[str, str]:
+    keys = {"prompts": f"artifacts/{prompts.step}/{prompts.key}"}
+    for round_, made in rounds:
+        for step in (*round_.row_steps, round_.logprobs):
+            keys[step.label] = step.recipe.blocks_path
+        for manifest in (made.quantiles, made.training_set, made.train):
+            keys[round_.label(manifest.step)] = f"artifacts/{manifest.step}/{manifest.key}"
     keys |= {step.label: step.recipe.blocks_path for step in steps}
+    keys["evaluate"] = f"artifacts/{evaluated.step}/{evaluated.key}"
     packages = {name: version(name) for name in ("torch", "transformers", "numpy", "pyarrow")}
     return keys | {"qrpo": __version__} | packages

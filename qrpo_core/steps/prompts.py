@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import pyarrow.compute as pc
 from qrpo_core.config import recipe_fields
 from qrpo_core.data.sources import PromptSet, load_prompts, source_identity
 from qrpo_core.records import OFFLINE, PROMPTS
-from qrpo_core.steps.tables import to_bytes
+from qrpo_core.steps.tables import load, to_bytes
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
-from qrpo_core.store.blocks import row_key
 from qrpo_core.store.objects import s3_options
 from qrpo_core.store.recipe import Recipe
 
-VERSION = 1
+VERSION = 2
 
 
 def recipe(workspace: Workspace) -> Recipe:
@@ -34,6 +34,32 @@ def recipe(workspace: Workspace) -> Recipe:
 def read(workspace: Workspace) -> PromptSet:
     """Read the source; every problem is a DataError or ConfigError."""
     return load_prompts(workspace.experiment.prompts, storage_options(workspace))
+
+
+@dataclass(frozen=True)
+class PromptTables:
+    """PROMPTS rows, and where training uses the data set's own completions their OFFLINE rows."""
+
+    prompts: pa.Table
+    offline: pa.Table | None
+
+
+def stored(workspace: Workspace, manifest: Manifest) -> PromptTables:
+    """The tables of a prompts artifact that the experiment uses."""
+    own = workspace.experiment.training_data.mode == "offline"
+    return PromptTables(
+        load(workspace, manifest, "prompts.parquet", PROMPTS),
+        load(workspace, manifest, "offline.parquet", OFFLINE) if own else None,
+    )
+
+
+def find(workspace: Workspace, asked: Recipe) -> PromptTables:
+    """The same from the store if it has them, else read from the source."""
+    manifest = workspace.artifacts.find(asked)
+    if manifest is not None:
+        return stored(workspace, manifest)
+    source = read(workspace)
+    return PromptTables(source.prompts, source.offline)
 
 
 def build(workspace: Workspace, asked: Recipe) -> Manifest:
@@ -63,14 +89,3 @@ def of_split(prompts: pa.Table, split: str) -> pa.Table:
     ]
     chosen = chosen.append_column("size", pa.array(sizes, pa.int64()))
     return chosen.sort_by([("size", "ascending"), ("prompt_id", "ascending")]).drop_columns("size")
-
-
-def wanted(prompts: pa.Table, count: int) -> dict[str, int]:
-    """`count` samples of every prompt."""
-    return dict.fromkeys(prompts.column("prompt_id").to_pylist(), count)
-
-
-def wanted_rewards(prompts: pa.Table, count: int) -> dict[str, int]:
-    """The rewards of those samples; a reward's identity includes what it was checked against."""
-    ids, digests = (prompts.column(name).to_pylist() for name in ("prompt_id", "reference_digest"))
-    return {row_key(prompt, digest): count for prompt, digest in zip(ids, digests, strict=True)}

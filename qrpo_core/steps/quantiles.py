@@ -3,42 +3,77 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qrpo_core.config import recipe_fields
 from qrpo_core.errors import ObjectiveError
 from qrpo_core.objective.quantiles import rank_counts_table
-from qrpo_core.records import RANK_COUNTS, REFERENCE_REWARDS, REWARDS
-from qrpo_core.steps.blocks import RewardStep
+from qrpo_core.records import PAIRS, RANK_COUNTS, REFERENCE_REWARDS
+from qrpo_core.steps.completions import Completions, OfflineCompletions
+from qrpo_core.steps.selection import Selection, select
 from qrpo_core.steps.tables import to_bytes
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.blocks import count_rows
 from qrpo_core.store.recipe import Recipe
 
-VERSION = 1
+VERSION = 2
 
 
-def recipe(prompts: Recipe, rewards: RewardStep) -> Recipe:
-    """Decided by which prompts, which rewards and how many references of each."""
-    config = {"references_per_prompt": rewards.samples.count}
-    return Recipe("quantiles", VERSION, config, {"prompts": prompts.key, "rewards": rewards.recipe.key})
+class Rewards(Protocol):
+    """Scored completions: by a scorer, or by the data set."""
+
+    @property
+    def completions(self) -> Completions: ...
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def read(self) -> pa.Table:
+        """REWARDS, every row."""
+        ...
 
 
-def build(workspace: Workspace, asked: Recipe, rewards: RewardStep) -> Manifest:
-    """Commit `rank_counts.parquet` and `reference_rewards.parquet`.
+def recipe(workspace: Workspace, prompts: Recipe, rewards: Rewards, references: Rewards | None) -> Recipe:
+    """Decided by which prompts, which rewards, which of them train, and what they are ranked among.
 
-    The training completions are the references themselves, so each is left out of its own comparison
-    (method.md 3.2). Rows without a reward and prompts left with fewer than two are counted in the facts.
+    The same Rewards twice: the training completions are the references themselves.
+    """
+    config = {
+        "training_data": recipe_fields(workspace.experiment.training_data),
+        "rows": count_rows(rewards.completions.wanted),
+        "references": 0 if references is None else count_rows(references.completions.wanted),
+    }
+    keys = {"prompts": prompts.key, "rewards": rewards.recipe.key}
+    if references is not None:
+        keys["references"] = references.recipe.key
+    return Recipe("quantiles", VERSION, config, keys)
+
+
+def build(workspace: Workspace, asked: Recipe, rewards: Rewards, references: Rewards | None) -> Manifest:
+    """Commit `rank_counts.parquet`, `pairs.parquet` and `reference_rewards.parquet`.
+
+    A training completion that is itself a reference is left out of its own comparison (method.md 3.2).
+    Rows without a reward and prompts left with fewer than two references are counted in the facts.
     """
 
     def make(scratch: Path) -> Built:
-        table = workspace.blocks.read(rewards.recipe, rewards.wanted, REWARDS)
-        counts, reference_rewards, facts = rank(table)
+        completions = rewards.completions
+        offline = completions.rows if isinstance(completions, OfflineCompletions) else None
+        table = rewards.read()
+        others = table if references is rewards else None if references is None else references.read()
+        chosen = select(workspace.experiment.training_data, table, others, offline=offline)
+        counts, reference_rewards, pairs, facts = rank(chosen)
+        facts |= {"status": _statuses(table)}
+        if others is not None and others is not table:
+            facts["reference_status"] = _statuses(others)
+        facts["prompts_left_out"] = completions.prompts.num_rows - facts["prompts"]
         files: dict[str, Path | bytes] = {
             "rank_counts.parquet": to_bytes(counts, RANK_COUNTS, "rank counts"),
+            "pairs.parquet": to_bytes(pairs, PAIRS, "pairs"),
             "reference_rewards.parquet": to_bytes(reference_rewards, REFERENCE_REWARDS, "reference rewards"),
         }
         return files, facts
@@ -46,62 +81,65 @@ def build(workspace: Workspace, asked: Recipe, rewards: RewardStep) -> Manifest:
     return workspace.make(asked, make)
 
 
-def rank(rewards: pa.Table) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
-    """Rank counts and sorted reference rewards of a REWARDS table, and what was left out of them.
+def rank(chosen: Selection) -> tuple[pa.Table, pa.Table, pa.Table, dict[str, Any]]:
+    """Rank counts of the selected rows, sorted rewards of each prompt's references, pairs, and facts.
 
-    Raises ObjectiveError when no prompt has two scored references.
+    Prompts with fewer than two references are left out, since a lone reference cannot be ranked.
+    Raises ObjectiveError when no prompt is left.
     """
-    status = {row["values"]: row["counts"] for row in rewards.column("status").value_counts().to_pylist()}
-    scored = rewards.filter(pc.equal(rewards.column("status"), "ok"))
-    codes, values, ids, order = _grouped(scored)
-    per_prompt = np.bincount(codes, minlength=len(ids))
-    keep = per_prompt[codes] >= 2
-    too_few = int((per_prompt < 2).sum()) + _prompts(rewards) - len(ids)
-    if not keep.any():
+    rows, pairs, references = chosen.rows, chosen.pairs, chosen.references
+    if references is not None:
+        counted = references["prompt_id"].value_counts()
+        enough = counted.filter(pc.greater_equal(counted.field("counts"), 2)).field("values")
+        rows, pairs, references = (
+            table.filter(pc.is_in(table["prompt_id"], value_set=enough))
+            for table in (rows, pairs, references)
+        )
+    if not len(rows):
         raise ObjectiveError(
-            "no prompt has two scored references",
-            where=f"{len(rewards)} rewards, by status {status}",
+            "no prompt has a scored completion and two scored references",
+            where=f"{len(chosen.rows)} scored completions, "
+            f"{0 if chosen.references is None else len(chosen.references)} scored references",
             remedy="raise sampling.references_per_prompt to 2 or more, or look at the rows' details",
         )
-    codes, values, order = codes[keep], values[keep], order[keep]
-    result = rank_counts_table(codes, values, codes, values, in_pool=True)
-    rows = scored.take(pa.array(order))
+    ids = pc.unique(rows["prompt_id"])
+    codes = _codes(rows, ids)
+    values = rows["reward"].to_numpy().astype(np.float64)
+    if references is None:
+        below = equal = n = np.zeros(len(rows), np.int64)
+        reference_rewards = REFERENCE_REWARDS.empty_table()
+    else:
+        references = references.filter(pc.is_in(references["prompt_id"], value_set=ids))
+        reference_codes = _codes(references, ids)
+        reference_values = references["reward"].to_numpy().astype(np.float64)
+        result = rank_counts_table(codes, values, reference_codes, reference_values, chosen.in_pool)
+        below, equal, n = result.below, result.equal, result.n
+        reference_rewards = _reference_rewards(reference_codes, reference_values, ids)
     counts = pa.table(
         {
-            "prompt_id": rows.column("prompt_id"),
-            "sample_index": rows.column("sample_index"),
-            "reward": pa.array(values),
-            "below": pa.array(result.below),
-            "equal": pa.array(result.equal),
-            "n": pa.array(result.n),
-            "in_pool": pa.array(np.ones(len(values), bool)),
+            "prompt_id": rows["prompt_id"],
+            "sample_index": rows["sample_index"],
+            "reward": rows["reward"],
+            "below": pa.array(below),
+            "equal": pa.array(equal),
+            "n": pa.array(n),
+            "in_pool": pa.array(np.full(len(rows), chosen.in_pool)),
         }
     )
-    facts = {
-        "status": status,
-        "prompts": int((per_prompt >= 2).sum()),
-        "rows": len(values),
-        "prompts_left_out": too_few,
-    }
-    return counts, _reference_rewards(codes, values, ids), facts
+    facts = {"prompts": len(ids), "rows": len(rows), "pairs": len(pairs), **chosen.facts}
+    return counts, reference_rewards, pairs, facts
 
 
-def _prompts(rewards: pa.Table) -> int:
-    return len(pc.unique(rewards.column("prompt_id")))
+def _statuses(rewards: pa.Table) -> dict[str, int]:
+    return {row["values"]: row["counts"] for row in rewards["status"].value_counts().to_pylist()}
 
 
-def _grouped(scored: pa.Table) -> tuple[Any, Any, list[str], Any]:
-    """Per row, sorted by prompt: integer code and reward; the prompts' ids; the rows' order in the table."""
-    encoded = scored.column("prompt_id").combine_chunks().dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    order = np.argsort(codes, kind="stable")
-    values = scored.column("reward").to_numpy().astype(np.float64)
-    return codes[order], values[order], encoded.dictionary.to_pylist(), order
+def _codes(table: pa.Table, ids: pa.Array) -> Any:
+    return pc.index_in(table["prompt_id"], value_set=ids).to_numpy().astype(np.int64)
 
 
-def _reference_rewards(codes: Any, values: Any, ids: list[str]) -> pa.Table:
+def _reference_rewards(codes: Any, values: Any, ids: pa.Array) -> pa.Table:
     order = np.lexsort((values, codes))
-    used, first = np.unique(codes, return_index=True)
-    offsets = pa.array(np.append(first, len(codes)), pa.int32())
-    lists = pa.ListArray.from_arrays(offsets, pa.array(values[order]))
-    return pa.table({"prompt_id": [ids[code] for code in used], "rewards": lists})
+    offsets = np.append(0, np.cumsum(np.bincount(codes, minlength=len(ids))))
+    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values[order]))
+    return pa.table({"prompt_id": ids, "rewards": lists})

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrpo_core.config import TrainingConfig, recipe_fields
 from qrpo_core.steps.policies import Policy, folder_files
-from qrpo_core.steps.training_set import derive
+from qrpo_core.steps.targets import derive
 from qrpo_core.steps.workspace import Built, Workspace
-from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.artifacts import Manifest, cache_directory
 from qrpo_core.store.recipe import Recipe
 
 if TYPE_CHECKING:
     from qrpo_core.train.run import OnStep
 
-VERSION = 1
+VERSION = 2
 
 
 def recipe(workspace: Workspace, training_set: Recipe, policy: Policy) -> Recipe:
@@ -48,19 +49,35 @@ def build(
         workspace.close()  # the engine's memory, before the trainer asks for its own
         experiment = workspace.experiment
         data = derive(workspace, training_set)
+        items = data.items()
         history = train_policy(
-            data.examples(),
+            items,
             policy.directory,
             scratch / "policy",
             model=experiment.model,
             objective=experiment.objective,
             training=experiment.training,
+            work=work_directory(asked),
             on_step=on_step,
         )
         (scratch / "policy" / "README.md").write_text(
             model_card(experiment, asked, data.diagnostics), encoding="utf-8"
         )
         files = folder_files(scratch / "policy") | {"history.json": json.dumps(history).encode()}
-        return files, {"diagnostics": data.diagnostics, "steps": len(history), "rows": len(data.table)}
+        return files, {"diagnostics": data.diagnostics, "steps": len(history), "rows": len(items)}
 
-    return workspace.make(asked, make)
+    made = workspace.make(asked, make)
+    shutil.rmtree(
+        work_directory(asked), ignore_errors=True
+    )  # its checkpoints, now that the policy is committed
+    return made
+
+
+def work_directory(asked: Recipe) -> Path:
+    """Where a training keeps its checkpoints on this machine, until its policy is committed."""
+    return cache_directory() / "training" / asked.key
+
+
+def example_count(workspace: Workspace, training_set: Manifest) -> int:
+    """How many examples an epoch has."""
+    return len(derive(workspace, training_set).items())

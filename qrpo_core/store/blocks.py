@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,10 @@ from qrpo_core.store.recipe import Recipe
 
 FORMAT = 1
 
-#: How many rows of each row key are asked for: the rows 0 .. count - 1.
-Wanted = Mapping[str, int]
+_STRIDE = np.int64(1) << 31  # above every sample_index
+
+#: The sample indices asked for of each row key, increasing; range(n) for the first n.
+Wanted = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,11 @@ class BlockManifest:
     created: str
     code: str
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def count_rows(wanted: Wanted) -> int:
+    """How many rows are asked for."""
+    return sum(map(len, wanted.values()))
 
 
 def row_key(prompt_id: str, reference_digest: str = "") -> str:
@@ -154,7 +162,7 @@ class Blocks:
         tables = [self._rows(block, schema) for block in blocks]
         table = pa.concat_tables(tables) if tables else schema.empty_table()
         chosen = _select(table, wanted)
-        asked = sum(wanted.values())
+        asked = count_rows(wanted)
         if len(chosen) != asked:
             raise MissingError(
                 f"{asked - len(chosen)} of {asked} rows of {recipe.step} are not in the store",
@@ -216,15 +224,33 @@ def missing_runs(wanted: Wanted, committed: Iterable[BlockManifest]) -> list[Run
             if run.key in wanted:
                 present.setdefault(run.key, []).append(run)
     missing: list[Run] = []
-    for key, count in wanted.items():
-        at = 0
-        for run in sorted(present.get(key, ()), key=lambda run: run.first):
-            if at < min(run.first, count):
-                missing.append(Run(key, at, min(run.first, count) - at))
-            at = max(at, run.first + run.count)
-        if at < count:
-            missing.append(Run(key, at, count - at))
+    for key, rows in wanted.items():
+        there = sorted(present.get(key, ()), key=lambda run: run.first)
+        for asked in _runs(key, rows):
+            missing.extend(_without(asked, there))
     return missing
+
+
+def _runs(key: str, rows: Sequence[int]) -> Iterator[Run]:
+    """Increasing indices as runs of neighbours."""
+    if isinstance(rows, range) and rows.step == 1:
+        if rows:
+            yield Run(key, rows.start, len(rows))
+        return
+    for _, group in groupby(enumerate(rows), lambda place: place[1] - place[0]):
+        neighbours = [index for _, index in group]
+        yield Run(key, neighbours[0], len(neighbours))
+
+
+def _without(asked: Run, there: Sequence[Run]) -> Iterator[Run]:
+    """The parts of a run that no run of `there` (by first row) covers."""
+    at, end = asked.first, asked.first + asked.count
+    for run in there:
+        if at < min(run.first, end):
+            yield Run(asked.key, at, min(run.first, end) - at)
+        at = max(at, run.first + run.count)
+    if at < end:
+        yield Run(asked.key, at, end - at)
 
 
 def pack(recipe: Recipe, runs: Iterable[Run], rows_per_block: int) -> Iterator[BlockPlan]:
@@ -262,11 +288,14 @@ def _positions(table: pa.Table, keys: Iterable[str]) -> tuple[np.ndarray[Any, An
 def _select(table: pa.Table, wanted: Wanted) -> pa.Table:
     """The rows asked for, in the order of `wanted` then sample_index, the first of any duplicates."""
     position, index = _positions(table, wanted)
-    counts = np.fromiter(wanted.values(), np.int64, len(wanted))
-    rows = np.flatnonzero((position >= 0) & (index < counts[position] if len(counts) else False))
-    rank = position[rows] * (np.int64(1) << 31) + index[rows]
-    _, first = np.unique(rank, return_index=True)
-    return table.take(pa.array(rows[first]))
+    sizes = np.fromiter(map(len, wanted.values()), np.int64, len(wanted))
+    asked_index = np.fromiter(chain.from_iterable(wanted.values()), np.int64, int(sizes.sum()))
+    asked = np.repeat(np.arange(len(sizes)), sizes) * _STRIDE + asked_index
+    rows = np.flatnonzero(position >= 0)
+    rank = position[rows] * _STRIDE + index[rows]
+    rank, first = np.unique(rank, return_index=True)
+    kept = np.isin(rank, asked, assume_unique=True)
+    return table.take(pa.array(rows[first[kept]]))
 
 
 def _order(table: pa.Table) -> dict[tuple[str, int], int]:

@@ -1,21 +1,32 @@
-"""Train a policy on a training set and save it as a directory that `from_pretrained` loads."""
+"""Train a policy on a training set and save it as a directory that `from_pretrained` loads.
+
+`train_policy` is what the pipeline calls. One process trains here; several are started by launch.py, and each
+of them comes back to `train_here`.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
-from qrpo_core.data.collator import Example
+from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig, recipe_fields
+from qrpo_core.data.collator import Item, rows_of
 from qrpo_core.engines.numerics import native_bfloat16, pick_device
-from qrpo_core.errors import ObjectiveError
+from qrpo_core.errors import DataError, ModelError, ObjectiveError
+from qrpo_core.ids import digest_bytes, digest_json
 from qrpo_core.policy import load_model, load_tokenizer
+from qrpo_core.train.checkpoints import Checkpoints, alone, from_first, newest
+from qrpo_core.train.launch import launch
+from qrpo_core.train.lora import add_adapters, merge, save_adapters
 from qrpo_core.train.trainer import QRPOTrainer
 
 #: Called after every optimiser step with (step, steps in all, what was logged).
@@ -23,56 +34,107 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 def train_policy(
-    examples: Sequence[Example],
+    items: Sequence[Item],
     directory: Path,
     out: Path,
     *,
     model: ModelConfig,
     objective: ObjectiveConfig,
     training: TrainingConfig,
+    work: Path,
     on_step: OnStep | None = None,
 ) -> list[dict[str, float]]:
     """Fine-tune the model of `directory` and save it, with its tokenizer, to `out` in `model.dtype`.
 
+    items : what is trained on, all examples or all pairs.
+    work : a directory of this training alone, which outlives a kill: when it holds a checkpoint, training
+        goes on from there. Whoever calls deletes it once the result is committed. Its size: checkpoints.py.
+
+    Returns what was logged, one entry a step, those before a kill included; the losses are the same whether
+    there was one or not. With training.lora_rank, `out` holds the merged weights and `out/adapter` the
+    adapters.
+
     Weights are trained in float32 (under bfloat16 autocast with precision bf16): a bfloat16 weight of
-    0.1 has a grid of 5e-4, which would swallow most updates. Returns what was logged, one entry a step.
+    0.1 has a grid of 5e-4, which would swallow most updates.
+
+    Raises DataError for no items, ObjectiveError when the loss or a weight is not finite, ConfigError for
+    LoRA that cannot be had, StoreError for a `work` of another training, QRPOError when a process fails.
     """
-    set_seed(training.seed)
-    policy = load_model(directory, "float32")
-    tokenizer = load_tokenizer(directory)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    history: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory(prefix="qrpo-train-") as scratch:
+    if not len(items):
+        raise DataError("there is nothing to train on", remedy="see which rows were filtered, and why")
+    train = launch if training.processes > 1 or training.deepspeed is not None else train_here
+    return train(
+        items, directory, out, model=model, objective=objective, training=training, work=work, on_step=on_step
+    )
+
+
+def train_here(
+    items: Sequence[Item],
+    directory: Path,
+    out: Path,
+    *,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    training: TrainingConfig,
+    work: Path,
+    on_step: OnStep | None = None,
+) -> list[dict[str, float]]:
+    """`train_policy` in this process: the only one, or one of those that torchrun started.
+
+    Every process gives the same history; the first one writes the policy.
+    """
+    # Before the model: DeepSpeed ZeRO-3 shards it while it is loaded.
+    arguments = training_arguments(training, work)
+    first = arguments.process_index == 0
+    with alone(work) if first else contextlib.nullcontext():
+        facts = {
+            "training": _identity(items, model, objective, training),
+            "layout": "deepspeed" if arguments.deepspeed else "fsdp" if arguments.fsdp else "whole",
+            "processes": arguments.world_size,
+        }
+        checkpoint = from_first(newest(work, facts) if first else None, arguments)
+        transformers_logging.disable_progress_bar()  # the stage has a bar of its own
+        set_seed(training.seed)
+        policy = load_model(directory, "float32")
+        if training.lora_rank is not None:
+            policy = add_adapters(policy, training)
+        if arguments.fsdp and arguments.bf16:
+            # accelerate does this to a model, but not to a sharded one; see `_shard_as_asked`.
+            policy.forward = torch.autocast(arguments.device.type, torch.bfloat16)(policy.forward)
+        tokenizer = load_tokenizer(directory)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         trainer = QRPOTrainer(
             policy,
-            _arguments(training, scratch),
-            examples,
-            loss=objective.loss,
+            arguments,
+            items,
+            objective=objective,
             pad_token_id=pad or 0,
-            callbacks=[_History(history, on_step)],
+            batch_size=training.batch_size,
+            max_tokens=training.micro_batch_tokens,
+            callbacks=[_Watch(on_step), Checkpoints(work, training.checkpoint_minutes, facts)],
         )
         trainer.remove_callback(PrinterCallback)  # progress is on_step's affair
-        trainer.train()
-    bad = [entry for entry in history if entry["loss"] != entry["loss"]]
-    if bad:
-        raise ObjectiveError(
-            f"the loss is NaN at step {bad[0]['step']:.0f}", remedy="lower training.learning_rate"
-        )
-    transformers_logging.disable_progress_bar()  # the stage has a bar of its own
-    policy.to(getattr(torch, model.dtype)).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return history
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered from every process
+        if first:
+            _save_policy(weights, directory, out, model.dtype, training)
+            tokenizer.save_pretrained(out)
+    return _history(trainer.state.log_history)
 
 
-def _arguments(training: TrainingConfig, scratch: str) -> TrainingArguments:
-    micro = min(training.micro_batch_size, training.batch_size)
-    return TrainingArguments(
-        output_dir=scratch,
+def training_arguments(training: TrainingConfig, work: Path) -> TrainingArguments:
+    """The Trainer's settings; joins the process group where torchrun has started this process.
+
+    fsdp : FSDP2, one shard a decoder layer. Each process loads the whole model into host memory first.
+    deepspeed : the given JSON; its bf16 section decides the precision, and ZeRO-3 needs
+        stage3_gather_16bit_weights_on_model_save. Never run by this project's tests, which have no GPU.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(work),
         use_cpu=pick_device().type == "cpu",
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // micro,
         learning_rate=training.learning_rate,
         num_train_epochs=training.epochs,
+        per_device_train_batch_size=1,  # the trainer makes its batches by tokens
         warmup_steps=training.warmup_ratio,
         lr_scheduler_type=training.schedule,
         weight_decay=training.weight_decay,
@@ -80,27 +142,124 @@ def _arguments(training: TrainingConfig, scratch: str) -> TrainingArguments:
         # Where bfloat16 is not native the engine scores in float32, and so must the trainer.
         bf16=training.precision == "bf16" and native_bfloat16(pick_device()),
         activation_checkpointing=training.gradient_checkpointing,
+        deepspeed=training.deepspeed,
+        ddp_find_unused_parameters=False,
         seed=training.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN loss must be seen, not skipped
-        save_strategy="no",
+        save_strategy="no",  # callbacks decide; see checkpoints.py
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=pick_device().type == "cuda",
+        **_sharding(training),
+    )
+    if arguments.fsdp:
+        _shard_as_asked(arguments)
+    # The Trainer would spread one process over all GPUs by DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _sharding(training: TrainingConfig) -> dict[str, Any]:
+    """FSDP2's settings, for several processes that ask for it; each writes and reads its own shards."""
+    if training.parallel != "fsdp" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return {}
+    return {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+
+
+def _shard_as_asked(arguments: TrainingArguments) -> None:
+    """Two things that accelerate would do otherwise under FSDP.
+
+    Its mixed precision rounds what leaves the model to bfloat16, where a log-prob of -400 has a grid of 2
+    nats, and what the processes exchange: off; `train_here` has autocast do what it does without shards.
+    (For a like reason transformers checkpoints the activations: accelerate would draw other dropout masks
+    the second time.) On the CPU it would train whole copies in silence: told that this is a GPU, it shards.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
+    if arguments.use_cpu:
+        state = arguments.distributed_state
+        state.distributed_type = type(state.distributed_type).MULTI_GPU
+
+
+def _identity(
+    items: Sequence[Item], model: ModelConfig, objective: ObjectiveConfig, training: TrainingConfig
+) -> str:
+    """A digest of what is trained on and how, so that no checkpoint of another training is gone on from."""
+    rows = [row for item in items for row in rows_of(item)]
+    numbers = np.array(
+        [
+            (len(row.prompt_token_ids), len(row.token_ids), row.target, row.beta, row.ref_logprob, row.reward)
+            for row in rows
+        ]
+    )
+    return digest_json(
+        [
+            digest_bytes(numbers.tobytes()),
+            len(items),
+            model.dtype,
+            recipe_fields(objective),
+            recipe_fields(training),
+        ]
     )
 
 
-class _History(TrainerCallback):  # type: ignore[misc]
-    """Collects what the trainer logs and passes it on."""
+def _save_policy(
+    weights: dict[str, torch.Tensor], directory: Path, out: Path, dtype: str, training: TrainingConfig
+) -> None:
+    """Put trained weights into the starting policy and save it; adapters are merged in float32, then cast."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ObjectiveError(
+                f"{name} is not finite after training", remedy="lower training.learning_rate"
+            )
+    if training.lora_rank is None:
+        policy = load_model(directory, dtype)
+        _fill(policy, weights)
+    else:
+        adapted = add_adapters(load_model(directory, "float32"), training)
+        _fill(adapted, weights)
+        save_adapters(adapted, out / "adapter")
+        policy = merge(adapted).to(getattr(torch, dtype))
+    policy.save_pretrained(out)
 
-    def __init__(self, history: list[dict[str, float]], on_step: OnStep | None) -> None:
-        self.history = history
+
+def _fill(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Load a state dict, casting; only a weight that is tied to one of its weights may be missing."""
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = {parameters[name].data_ptr() for name in weights if name in parameters}
+    left = [name for name in missing if name not in parameters or parameters[name].data_ptr() not in filled]
+    if left or unexpected:
+        raise ModelError(f"the trained weights do not fit the policy: {[*left, *unexpected][0]}")
+
+
+def _history(entries: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The entry of each step, keys in order (a checkpoint sorts them); the closing summary is left out."""
+    return [
+        {name: float(entry[name]) for name in ("step", *sorted(entry.keys() - {"step"}))}
+        for entry in entries
+        if "loss" in entry
+    ]
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Passes on what is logged after a step, and ends a training whose loss is no number."""
+
+    def __init__(self, on_step: OnStep | None) -> None:
         self.on_step = on_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:
             return  # the closing summary
-        self.history.append({"step": float(state.global_step), **logs})
-        if self.on_step is not None:
-            self.on_step(state.global_step, state.max_steps, self.history[-1])
+        if not math.isfinite(logs["loss"]):
+            raise ObjectiveError(
+                f"the loss is {logs['loss']} at step {state.global_step}",
+                remedy="lower training.learning_rate",
+            )
+        if self.on_step is not None and args.process_index == 0:
+            self.on_step(
+                state.global_step, state.max_steps, _history([{**logs, "step": state.global_step}])[0]
+            )

@@ -1,110 +1,222 @@
-"""`QRPOTrainer`: the regression of the log-ratio on stored targets, on transformers' Trainer.
+"""`QRPOTrainer`: every objective of the project on transformers' Trainer.
 
 FSDP, DeepSpeed, LoRA, checkpoints, schedulers and trackers come with the Trainer; what is written here is
-the loss and what is logged beside it. The reference log-probs are data, so one model is in memory.
+the loss, what is logged beside it, and how a step is read and cut into passes. The reference log-probs are
+data, so one model is in memory.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from qrpo_core.data.collator import Collator, Example
-from qrpo_core.errors import ObjectiveError
-from qrpo_core.objective.losses import qrpo_absolute_loss, qrpo_squared_loss
-from qrpo_core.train.forward import policy_logprobs
+from qrpo_core.data.batches import StepPlan
+from qrpo_core.data.collator import Collator, Item, rows_of
+from qrpo_core.errors import ConfigError
+from qrpo_core.train.config import ObjectiveConfig
+from qrpo_core.train.forward import causal_model, check_head, policy_logprobs
+from qrpo_core.train.loader import ChosenHalves, Steps, check_items, step_loader
+from qrpo_core.train.metrics import MetricSums, measures
+from qrpo_core.train.objectives import make_objective
 
-#: One function per objective; (policy_logprob, ref_logprob, target, beta) [batch] → [batch].
-LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": qrpo_squared_loss, "mae": qrpo_absolute_loss}
+Batch = dict[str, torch.Tensor]
+
+#: Tokens on which the output head is compared with the model's own logits.
+_CHECKED_TOKENS = 8
 
 
 class QRPOTrainer(Trainer):  # type: ignore[misc]
-    """Fits ``beta * log(pi / pi_ref)`` to calibrated targets (QRPO paper; method.md 1).
+    """Fits a policy to calibrated targets, or to a baseline's objective.
 
     Parameters
     ----------
-    model : a causal language model of transformers.
-    args : transformers.TrainingArguments with `remove_unused_columns=False`.
-    train_dataset : a sequence of `Example`.
-    loss : "mse" or "mae".
+    model : a causal language model of transformers, or a PEFT model around one.
+    args : transformers.TrainingArguments. A copy is used, with gradient_accumulation_steps 1 (an item of
+        the loader is a whole optimiser step) and logging_nan_inf_filter off (a NaN loss is to be seen).
+    train_dataset : `Example`s for qrpo, `Pair`s for dpo, simpo and rebel, either for sft (of a pair the
+        chosen half).
+    objective : which objective, and its settings. qrpo: beta is each example's own.
     pad_token_id : fills batches; never in the loss.
+    batch_size : items of an optimiser step over all processes. None: per_device_train_batch_size x
+        gradient_accumulation_steps x processes.
+    max_tokens : tokens of a pass of the model, padding included. Without it, or without batch_size, a pass
+        holds at most per_device_train_batch_size items.
+    kwargs : the Trainer's own: callbacks, optimizers, processing_class, ...
 
-    The loss of an optimiser step is the mean over all examples of the step, however they are split into
-    micro-batches and processes.
+    The loss of an optimiser step is the mean over its items, however they are cut into passes and shared
+    out among processes. Items are drawn in an order that args.seed and the epoch decide alone.
+
+    Raises
+    ------
+    ConfigError : arguments that would change what is computed, or that are not supported (docs/trainer.md).
+    DataError : an item of the wrong kind, or one that cannot be trained on; the message names it.
+    ModelError : an output head that is not a plain linear layer, or logits scaled in an unknown way.
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the examples of the whole accumulated batch
+    loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step
 
     def __init__(
         self,
         model: Any,
         args: TrainingArguments,
-        train_dataset: Sequence[Example],
+        train_dataset: Sequence[Item],
         *,
-        loss: str = "mse",
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 (frozen)
         pad_token_id: int = 0,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.remove_unused_columns:
-            raise ObjectiveError(
-                "TrainingArguments.remove_unused_columns drops the targets", remedy="set it to False"
+        _check_arguments(args, kwargs)
+        self.objective = make_objective(objective)
+        items = ChosenHalves(train_dataset) if objective.kind == "sft" else train_dataset
+        config = causal_model(model).config.get_text_config()
+        checked = check_items(items, self.objective, getattr(config, "max_position_embeddings", None))
+        own = copy.copy(args)
+        own.gradient_accumulation_steps = 1
+        own.logging_nan_inf_filter = False
+        collator = Collator(pad_token_id)
+        super().__init__(model=model, args=own, train_dataset=items, data_collator=collator, **kwargs)
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ConfigError("tensor, context or sequence parallelism", remedy="use DDP, FSDP or DeepSpeed")
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ConfigError(
+                f"fsdp on {args.device.type}, where accelerate shards nothing and every process would hold "
+                "the whole model",
+                remedy="leave fsdp out",
             )
-        if loss not in LOSSES:
-            raise ObjectiveError(f"unknown loss {loss!r}", remedy=f"one of {', '.join(LOSSES)}")
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            data_collator=Collator(pad_token_id),
-            **kwargs,
+        processes, rows = self.accelerator.num_processes, args.per_device_train_batch_size
+        self.plan = StepPlan(
+            checked.widths,
+            batch_size or rows * args.gradient_accumulation_steps * processes,
+            seed=args.seed,
+            processes=processes,
+            max_tokens=max_tokens,
+            max_items=None if batch_size and max_tokens else rows,
         )
-        self.example_loss = LOSSES[loss]
         self.model_accepts_loss_kwargs = False  # the model's own loss is never asked for
-        self._sums: dict[str, float] = defaultdict(float)
+        self._has_reference = checked.has_reference
+        self._metrics = MetricSums()
+        self._keep_full_precision()
+        self._check_head(items[0])
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor]:
-        """The micro-batches of one optimiser step, and how many examples they hold over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(len(batch["target"]) for batch in batches), device=device)
-        return batches, self.accelerator.gather(count).sum()
+    def get_train_dataloader(self) -> DataLoader[list[Batch]]:
+        """One item an optimiser step: this process's micro-batches."""
+        steps = Steps(self.train_dataset, self.plan, self.data_collator, self.accelerator.process_index)
+        return step_loader(steps, self.args)
+
+    def training_step(
+        self, model: Any, inputs: list[Batch], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of every micro-batch of a step; the sum of their losses.
+
+        Processes exchange gradients once, with the last one.
+        """
+        self._metrics.start()
+        state = self.accelerator.gradient_state
+        # DeepSpeed keeps count by itself.
+        each = self.is_deepspeed_enabled or state.plugin_kwargs.get("sync_each_batch", False)
+        losses = []
+        for number, batch in enumerate(inputs, start=1):
+            last = number == len(inputs)
+            state._set_sync_gradients(last)
+            with contextlib.nullcontext() if last or each else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Sum of the examples' losses over the examples of the step (`num_items_in_batch`)."""
+        """Sum of the items' losses over the items of the step, those of a whole collated batch by default.
+
+        return_outputs : also give {"losses": [items], "logprobs": [rows]}, detached.
+        """
         policy = policy_logprobs(
             model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
-        )
-        target, beta, reference = inputs["target"], inputs["beta"], inputs["ref_logprob"]
-        losses = self.example_loss(policy.double(), reference, target, beta)
-        count = num_items_in_batch if num_items_in_batch is not None else len(losses)
-        # Gradients are averaged over processes, so a process's share counts world_size times.
-        loss = losses.sum() * self.accelerator.num_processes / count
-        self._record(policy.detach().double() - reference, target / beta, inputs["completion_mask"])
-        return (loss, {"losses": losses}) if return_outputs else loss
-
-    def _record(self, log_ratio: torch.Tensor, target: torch.Tensor, completion_mask: torch.Tensor) -> None:
-        """Add up what is logged beside the loss; nats, means over examples."""
-        self._sums["examples"] += len(target)
-        self._sums["log_ratio"] += log_ratio.sum().item()
-        self._sums["log_ratio_target"] += target.sum().item()
-        self._sums["log_ratio_error"] += (target - log_ratio).abs().sum().item()
-        self._sums["sign_agreement"] += (torch.sign(log_ratio) == torch.sign(target)).sum().item()
-        self._sums["completion_tokens"] += completion_mask.sum().item()
+        ).double()
+        losses, weight = self.objective.losses(policy, inputs), inputs["weight"]
+        count = inputs.get("items_in_step", weight.sum())
+        # Gradients are averaged over processes, so a process's share counts as often as there are processes.
+        loss = ((losses * weight).sum() * self.accelerator.num_processes / count).float()
+        policy = policy.detach()
+        found = measures(self.objective, policy, inputs, with_reference=self._has_reference)
+        self._metrics.add(found, inputs)
+        outputs = {"losses": losses.detach(), "logprobs": policy}
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add this trainer's means since the last call."""
-        sums, self._sums = self._sums, defaultdict(float)
-        if examples := sums.pop("examples", 0.0):
-            logs = {**logs, **{name: total / examples for name, total in sums.items()}}
+        """Add the means since the last entry (docs/metrics.md). Every process must call it."""
+        if "loss" in logs and len(self._metrics):
+            logs = logs | self._metrics.take(self.accelerator.gather)
         super().log(logs, start_time)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Items of an epoch."""
+        return len(self.train_dataset)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Items of an optimiser step over all processes."""
+        return self.plan.batch_size
+
+    def floating_point_ops(self, inputs: list[Batch]) -> int:
+        """Estimate for the micro-batches of a step."""
+        return sum(super(QRPOTrainer, self).floating_point_ops(batch) for batch in inputs)
+
+    def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
+        for batch in inputs:
+            super()._track_num_input_tokens(batch)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # The Trainer would cast float64 targets to DeepSpeed's dtype, often bfloat16.
+        pinned = self.args.dataloader_pin_memory
+        return {name: value.to(self.args.device, non_blocking=pinned) for name, value in inputs.items()}
+
+    def _keep_full_precision(self) -> None:
+        """Under FSDP2 accelerate rounds each module's output and the exchanged gradients to bfloat16.
+
+        Log-probs leave by the output: a bfloat16 one near -10 has a grid of 0.06 nats.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+            )
+
+    def _check_head(self, item: Item) -> None:
+        """Compare log-probs with the model's own logits, where the weights are there to do so."""
+        weight = causal_model(self.model).get_input_embeddings().weight
+        if weight.is_meta or weight.numel() == 0:
+            return  # to be filled from process 0, or in ZeRO-3's pieces
+        row = rows_of(item)[0]
+        tokens = [*row.prompt_token_ids, *row.token_ids][:_CHECKED_TOKENS]
+        check_head(self.model, torch.tensor([tokens], device=weight.device))
+
+
+def _check_arguments(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+    """Refuse what this trainer would ignore or what would change its numbers."""
+    accumulation = args.accelerator_config.gradient_accumulation_kwargs or {}
+    refused = [
+        (args.n_gpu > 1, "one process with several GPUs", "start one process a GPU with torchrun"),
+        (args.auto_find_batch_size, "auto_find_batch_size", "set max_tokens to what the memory holds"),
+        (args.dataloader_drop_last, "dataloader_drop_last", "leave it off; no item is dropped"),
+        (args.train_sampling_strategy != "random", "train_sampling_strategy", "leave it at 'random'"),
+        (args.label_smoothing_factor != 0, "label_smoothing_factor", "leave it at 0"),
+        (args.torch_compile, "torch_compile", "leave it off; the output head is replaced in every call"),
+        ("num_steps" in accumulation, "accelerator_config's num_steps", "set batch_size"),
+    ]
+    own = ("eval_dataset", "data_collator", "compute_loss_func", "compute_metrics", "model_init")
+    refused += [(kwargs.get(name) is not None, name, "leave it out") for name in own]
+    for wrong, what, remedy in refused:
+        if wrong:
+            raise ConfigError(f"QRPOTrainer does not support {what}", remedy=remedy)

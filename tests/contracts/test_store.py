@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qrpo_core.config import StoreConfig
 from qrpo_core.errors import AccessError, DamagedError, MissingError, StoreError
 from qrpo_core.records import LOGPROBS
 from qrpo_core.store.artifacts import Artifacts
-from qrpo_core.store.blocks import Blocks, Run
+from qrpo_core.store.blocks import BlockManifest, Blocks, Run, Wanted, missing_runs
 from qrpo_core.store.objects import Objects, S3Objects, open_objects
 from qrpo_core.store.recipe import Recipe
 
@@ -36,7 +39,7 @@ def rows(pairs: list[tuple[str, int]], value: float = 0.0) -> pa.Table:
     )
 
 
-def fill(blocks: Blocks, wanted: dict[str, int], rows_per_block: int = 4) -> int:
+def fill(blocks: Blocks, wanted: Wanted, rows_per_block: int = 4) -> int:
     computed = 0
     for plan in blocks.plan(RECIPE, wanted, rows_per_block):
         blocks.commit(plan, rows(list(plan.pairs())[::-1]), LOGPROBS, 0.1)
@@ -120,43 +123,52 @@ class TestArtifacts:
 class TestBlocks:
     def test_a_larger_budget_computes_the_new_rows_only(self, objects: Objects) -> None:
         blocks = Blocks(objects)
-        assert fill(blocks, {"p": 3, "q": 3}) == 6
-        assert fill(blocks, {"p": 3, "q": 3}) == 0
-        first = blocks.read(RECIPE, {"p": 3, "q": 3}, LOGPROBS)
-        assert fill(blocks, {"p": 6, "new": 2, "q": 3}) == 5
-        assert blocks.read(RECIPE, {"p": 3, "q": 3}, LOGPROBS).equals(first)
-        table = blocks.read(RECIPE, {"q": 1, "p": 6}, LOGPROBS)
+        assert fill(blocks, {"p": range(3), "q": range(3)}) == 6
+        assert fill(blocks, {"p": range(3), "q": range(3)}) == 0
+        first = blocks.read(RECIPE, {"p": range(3), "q": range(3)}, LOGPROBS)
+        assert fill(blocks, {"p": range(6), "new": range(2), "q": range(3)}) == 5
+        assert blocks.read(RECIPE, {"p": range(3), "q": range(3)}, LOGPROBS).equals(first)
+        table = blocks.read(RECIPE, {"q": range(1), "p": range(6)}, LOGPROBS)
         assert table["prompt_id"].to_pylist() == ["q"] + ["p"] * 6
         assert table["sample_index"].to_pylist() == [0, *range(6)]
 
+    def test_scattered_rows_are_asked_for_and_read_alone(self, objects: Objects) -> None:
+        blocks = Blocks(objects)
+        assert fill(blocks, {"p": (2, 3, 7), "q": range(1)}) == 4
+        assert fill(blocks, {"p": (1, 3, 7)}) == 1
+        assert fill(blocks, {"p": range(9)}) == 5
+        table = blocks.read(RECIPE, {"q": (0,), "p": (3, 7)}, LOGPROBS)
+        assert table["prompt_id"].to_pylist() == ["q", "p", "p"]
+        assert table["sample_index"].to_pylist() == [0, 3, 7]
+
     def test_a_fresh_reader_sees_the_same(self, objects: Objects) -> None:
-        fill(Blocks(objects), {"p": 5})
-        assert Blocks(objects).plan(RECIPE, {"p": 5}, 4) == []
+        fill(Blocks(objects), {"p": range(5)})
+        assert Blocks(objects).plan(RECIPE, {"p": range(5)}, 4) == []
 
     def test_rows_that_are_not_there_are_counted(self, objects: Objects) -> None:
         blocks = Blocks(objects)
-        fill(blocks, {"p": 2})
+        fill(blocks, {"p": range(2)})
         with pytest.raises(MissingError, match="3 of 5 rows"):
-            blocks.read(RECIPE, {"p": 5}, LOGPROBS)
+            blocks.read(RECIPE, {"p": range(5)}, LOGPROBS)
 
     def test_the_loser_of_a_race_takes_the_winners_block(self, objects: Objects) -> None:
         one, two = Blocks(objects), Blocks(objects)
-        plan = one.plan(RECIPE, {"p": 2}, 4)[0]
+        plan = one.plan(RECIPE, {"p": range(2)}, 4)[0]
         winner = one.commit(plan, rows([("p", 0), ("p", 1)], 1.0), LOGPROBS, 0.1)
         assert two.commit(plan, rows([("p", 0), ("p", 1)], 2.0), LOGPROBS, 0.1) == winner
-        assert two.read(RECIPE, {"p": 2}, LOGPROBS)["logprob"].to_pylist() == [1.0, 0.0]
+        assert two.read(RECIPE, {"p": range(2)}, LOGPROBS)["logprob"].to_pylist() == [1.0, 0.0]
 
     def test_the_same_row_in_two_blocks_is_read_once(self, objects: Objects) -> None:
         one, two = Blocks(objects), Blocks(objects)
-        small, large = one.plan(RECIPE, {"p": 2}, 8)[0], two.plan(RECIPE, {"p": 4}, 8)[0]
+        small, large = one.plan(RECIPE, {"p": range(2)}, 8)[0], two.plan(RECIPE, {"p": range(4)}, 8)[0]
         one.commit(small, rows(list(small.pairs())), LOGPROBS, 0.1)
         two.commit(large, rows(list(large.pairs())), LOGPROBS, 0.1)
-        assert one.read(RECIPE, {"p": 4}, LOGPROBS)["sample_index"].to_pylist() == [0, 1, 2, 3]
+        assert one.read(RECIPE, {"p": range(4)}, LOGPROBS)["sample_index"].to_pylist() == [0, 1, 2, 3]
         assert len(one.read_pairs(RECIPE, [("p", 3), ("p", 0)], LOGPROBS)) == 2
 
     def test_a_block_must_hold_the_planned_rows(self, objects: Objects) -> None:
         blocks = Blocks(objects)
-        plan = blocks.plan(RECIPE, {"p": 2}, 4)[0]
+        plan = blocks.plan(RECIPE, {"p": range(2)}, 4)[0]
         for wrong in ([("p", 0)], [("p", 0), ("p", 2)], [("p", 0), ("p", 0)]):
             with pytest.raises(StoreError, match="planned"):
                 blocks.commit(plan, rows(wrong), LOGPROBS, 0.1)
@@ -164,16 +176,16 @@ class TestBlocks:
 
     def test_a_flipped_byte_is_damage(self, objects: Objects) -> None:
         blocks = Blocks(objects)
-        fill(blocks, {"p": 2})
+        fill(blocks, {"p": range(2)})
         file = blocks.committed(RECIPE)[0].file
         data = bytearray(objects.read(file))
         data[len(data) // 2] ^= 1
         objects.write(file, bytes(data))
         with pytest.raises(DamagedError, match="2 rows"):
-            Blocks(objects).read(RECIPE, {"p": 2}, LOGPROBS)
+            Blocks(objects).read(RECIPE, {"p": range(2)}, LOGPROBS)
 
     def test_recipes_of_a_step_are_listed(self, objects: Objects) -> None:
-        fill(Blocks(objects), {"p": 1})
+        fill(Blocks(objects), {"p": range(1)})
         assert Blocks(objects).recipes("logprob") == [RECIPE.to_dict()]
 
 
@@ -232,8 +244,23 @@ def test_an_unknown_scheme_is_refused() -> None:
         open_objects(StoreConfig(path="gs://bucket"))
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)), max_size=8),
+    st.one_of(st.integers(0, 25).map(range), st.sets(st.integers(0, 25)).map(lambda s: tuple(sorted(s)))),
+)
+def test_what_is_missing_is_what_is_asked_less_what_is_there(
+    there: list[tuple[int, int]], asked: Sequence[int]
+) -> None:
+    runs = tuple(Run("p", first, count) for first, count in there)
+    block = BlockManifest("b", runs, 0, "f", "d", 0, 0.0, "now", "0")
+    missing = missing_runs({"p": asked}, [block])
+    left = [index for run in missing for index in range(run.first, run.first + run.count)]
+    covered = {index for first, count in there for index in range(first, first + count)}
+    assert left == [index for index in asked if index not in covered]
+
+
 def test_pack_splits_runs_at_full_blocks(local_store: StoreConfig) -> None:
-    plans = Blocks(open_objects(local_store)).plan(RECIPE, {"p": 5, "q": 2}, 3)
+    plans = Blocks(open_objects(local_store)).plan(RECIPE, {"p": range(5), "q": range(2)}, 3)
     assert [plan.runs for plan in plans] == [
         (Run("p", 0, 3),),
         (Run("p", 3, 2), Run("q", 0, 1)),

@@ -66,7 +66,20 @@ def test_overrides_are_yaml_values_at_dotted_keys(file: Path) -> None:
         ),
         ("prompts", {"kind": "file", "path": "x", "held_out": 1.0}, "prompts.held_out = 1.0 is refused"),
         ("prompts", {"kind": "file", "path": "x", "chosen_field": "c"}, "come together"),
-        ("training", {"batch_size": 10, "micro_batch_size": 4}, "4 does not divide training.batch_size 10"),
+        ("training", {"lora_alpha": 8}, "training.lora_alpha is of no use without training.lora_rank"),
+        ("training", {"deepspeed": "ds.json", "parallel": "fsdp"}, "exclude each other"),
+        (
+            "objective",
+            {"kind": "dpo", "convention": "mid"},
+            "objective.convention does not belong to kind 'dpo'",
+        ),
+        ("objective", {"kind": "dpo"}, "training_data.mode 'random' makes no pairs"),
+        ("objective", {"transform": "power"}, "come together"),
+        ("objective", {"beta_max": 0.1}, "it needs objective.beta_scale by_length"),
+        ("training_data", {"mode": "best_worst"}, "training_data.pool is missing"),
+        ("training_data", {"mode": "best_worst", "pool": 8}, "leaves 0 of sampling.references_per_prompt 8"),
+        ("training_data", {"mode": "offline"}, "needs prompts.chosen_field"),
+        ("training_data", {"count": 2, "mode": "offline"}, "does not belong to mode 'offline'"),
         ("model", {}, "'model.path' is missing"),
     ],
 )
@@ -120,7 +133,7 @@ def test_speed_settings_stay_out_of_recipes() -> None:
         {
             **MINIMAL,
             "sampling": {"batch_size": 3, "references_per_prompt": 99},
-            "training": {"micro_batch_size": 1, "gradient_checkpointing": True},
+            "training": {"micro_batch_tokens": 1, "gradient_checkpointing": True},
         }
     )
     assert recipe_fields(one.sampling) == recipe_fields(two.sampling)

@@ -22,7 +22,7 @@ def sections() -> dict[str, type[Section]]:
 
 def test_every_field_is_documented_and_every_documented_field_exists() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    parts = dict(re.findall(r"^## `([a-z.]+)`\n(.*?)(?=^## |\Z)", text, re.S | re.M))
+    parts = dict(re.findall(r"^## `([a-z_.]+)`\n(.*?)(?=^## |\Z)", text, re.S | re.M))
     assert parts.keys() == sections().keys()
     for name, section in sections().items():
         documented = set(re.findall(r"^\| `(\w+)`", parts[name], re.M))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows.server import PrefectServer, prefect_server
+from flows.server import PrefectServer
 from qrpo_core.config import Experiment, StoreConfig
 from qrpo_core.experiments import parse_experiment
 from qrpo_core.plan import plan
@@ -23,15 +22,6 @@ from qrpo_core.steps.workspace import Workspace
 pytestmark = pytest.mark.slow
 
 WORDS = [f"item {number}" for number in range(16)]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        patch.delenv("PREFECT_API_URL", raising=False)
-        with prefect_server(PrefectServer().start()) as server:
-            yield server
 
 
 def experiment(tiny_model: Path, store: Path, **sections: dict[str, Any]) -> Experiment:
@@ -53,7 +43,7 @@ def experiment(tiny_model: Path, store: Path, **sections: dict[str, Any]) -> Exp
                 {"weight": 0.5, "reward": {"kind": "sentiment"}},
             ],
         },
-        "training": {"precision": "fp32", "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
+        "training": {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-3},
         "evaluation": {"samples_per_prompt": 2, "resamples": 200},
         "store": {"path": str(store), "rows_per_block": 16},
     }
@@ -108,7 +98,7 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    policy = workspace.artifacts.folder(made["train"], "policy")
+    policy = workspace.artifacts.folder(made.train, "policy")
     trained = AutoModelForCausalLM.from_pretrained(policy)
     original = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert any(
@@ -124,8 +114,7 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     assert sum(cached_task_runs().values()) == len(coarse)
     assert {"stages", "evaluation", "result"} <= artifact_keys()
 
-    chain = stored_chain(workspace)
-    samples = chain.training.samples
+    samples = stored_chain(workspace).first.row_steps[0]
     old = workspace.blocks.read(samples.recipe, samples.wanted, COMPLETIONS)
     doubled = experiment(tiny_model, tmp_path / "store", sampling={"references_per_prompt": 8})
     announced = {stage.stage: stage.missing for stage in plan(Workspace(doubled))}
@@ -155,10 +144,10 @@ def test_the_real_engine_and_one_flow_at_a_time(
     stages = {stage.stage: stage for stage in evaluate(wanted)}
     assert stages["report"].computed == 1
     workspace = Workspace(wanted)
-    facts = results(workspace)["train"].facts
+    facts = results(workspace).train.facts
     assert facts["steps"] == -(-facts["rows"] // 8)
     # The log-ratio starts at 0: the stored reference log-probs are those of the model that is trained.
-    log = json.loads(workspace.artifacts.read(results(workspace)["train"], "history.json"))
+    log = json.loads(workspace.artifacts.read(results(workspace).train, "history.json"))
     assert abs(log[0]["log_ratio"]) < 1e-3
 
 
@@ -175,8 +164,8 @@ def test_the_store_on_s3_gives_the_same_rows(
     tables = []
     for wanted in (here, there):
         chain = stored_chain(Workspace(wanted))
-        steps = (chain.training.samples, chain.training.rewards)
-        tables.append([chain.workspace.blocks.read(step.recipe, step.wanted, step.schema) for step in steps])
+        read = chain.workspace.blocks.read
+        tables.append([read(step.recipe, step.wanted, step.schema) for step in chain.first.row_steps])
     assert all(one.equals(two) for one, two in zip(*tables, strict=True))
     assert "Difference, paired" in "\n".join(result_lines(Workspace(there)))
     assert report_path(Workspace(there)).is_file()

@@ -119,12 +119,15 @@ def test_offline_rows_keep_pairs_together(tmp_path):
     kept = set(found.prompts["prompt_id"].to_pylist())
     assert {row["prompt_id"] for row in table} == kept
     first = found.prompts["prompt_id"][0].as_py()
-    assert [(r["sample_index"], r["text"], r["label"]) for r in table if r["prompt_id"] == first] == [
-        (0, "good 0", "chosen"),
-        (1, "bad", "rejected"),
-        (2, "better", "chosen"),
-        (3, "bad", "rejected"),
+    place = tmp_path / "rows.jsonl"
+    names = ("pair", "text", "label", "source", "reward")
+    assert [tuple(r[name] for name in names) for r in table if r["prompt_id"] == first] == [
+        (0, "good 0", "chosen", f"{place}:1", None),
+        (0, "bad", "rejected", f"{place}:1", None),
+        (1, "better", "chosen", f"{place}:21", None),
+        (1, "bad", "rejected", f"{place}:21", None),
     ]
+    assert all(row["sample_index"] == ids.completion_index(row["text"]) for row in table)
     assert found.counts["repeated_pairs"] == 1
     assert found.counts["merged"] == 2
     assert found.counts["filtered"] == 1

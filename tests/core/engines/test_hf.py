@@ -149,14 +149,18 @@ class TestRefusals:
         with pytest.raises(EngineError, match="window of 24"):
             engine.sample(asked(1, length=12), PARAMS)
 
-    def test_logits_that_are_scaled_in_an_unknown_way(self, tiny_model: Path, tmp_path: Path) -> None:
+    def test_logits_that_a_family_scales_are_scored_as_its_own(
+        self, tiny_model: Path, tmp_path: Path
+    ) -> None:
         from transformers import GraniteConfig, GraniteForCausalLM
 
         torch.manual_seed(0)
         model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=0.05, initializer_range=0.3))
         engine = TransformersEngine(save(model, tiny_model, tmp_path / "scaled"), "float32", 8)
-        with pytest.raises(EngineError, match=r"Granite.*scales its logits"):
-            engine.logprobs([ScoreRequest((1, 2, 3, 4), (5, 6, 7))])
+        ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+        logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
+        plain = sum(float(logprobs[at - 1, ids[0, at]]) for at in (4, 5, 6))
+        assert engine.logprobs([ScoreRequest((1, 2, 3, 4), (5, 6, 7))])[0] == pytest.approx(plain, rel=1e-4)
 
     def test_missing_weights_are_never_filled_in(self, tiny_model: Path, tmp_path: Path) -> None:
         from safetensors.torch import load_file, save_file

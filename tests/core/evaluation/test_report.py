@@ -183,7 +183,7 @@ def test_what_is_not_given_is_said(full):
         lineage={},
     )
     page = render_report(bare)
-    assert "No training set was given" in page
+    assert "No calibrated targets" in page
     assert "The training history holds no curve" in page
     assert "No examples were given." in page
     assert [figure.name for figure in report_figures(bare)] == ["rewards", "length"]

@@ -1,0 +1,154 @@
+"""One round of training: which completions, ranked among which references, from which policy.
+
+The first round trains on what `training_data` names; each later one draws from the policy that the round
+before it made, and ranks its draws among the same references. Reference log-probs are always the reference
+policy's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from qrpo_core.steps import prompts, quantiles, training, training_set
+from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep, SampleStep
+from qrpo_core.steps.completions import GivenRewards, OfflineCompletions
+from qrpo_core.steps.policies import Policy
+from qrpo_core.steps.selection import expected_rows
+from qrpo_core.steps.workspace import Workspace
+from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.blocks import Wanted
+from qrpo_core.store.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Made:
+    """The artifacts of a finished round."""
+
+    quantiles: Manifest
+    training_set: Manifest
+    train: Manifest
+
+
+@dataclass(frozen=True)
+class Round:
+    """The steps and recipes of a round.
+
+    number : 1, 2, ... start : the policy that training starts from.
+    row_steps : what is drawn and scored before anything is ranked.
+    references : what `rewards` are ranked among; the same object where the completions are the references,
+        None where the objective ranks nothing.
+    """
+
+    workspace: Workspace
+    number: int
+    start: Policy
+    reference: Policy
+    row_steps: tuple[BlockStep, ...]
+    rewards: quantiles.Rewards
+    references: quantiles.Rewards | None
+    quantiles: Recipe
+    training_set: Recipe
+    train: Recipe
+
+    def label(self, stage: str) -> str:
+        """What a stage is called in this round."""
+        return stage if self.number == 1 else f"{stage}, round {self.number}"
+
+    @property
+    def logprobs(self) -> LogprobStep:
+        """Reference log-probs of the rows that were selected, or will be if all of them are scored."""
+        manifest = self.workspace.artifacts.find(self.quantiles)
+        rows = self._expected if manifest is None else training_set.wanted_rows(self.workspace, manifest)
+        return self._logprobs(rows)
+
+    @property
+    def made(self) -> Made:
+        """What the store has of a finished round; MissingError names what is absent."""
+        get = self.workspace.artifacts.get
+        return Made(get(self.quantiles), get(self.training_set), get(self.train))
+
+    def build_quantiles(self) -> Manifest:
+        """Select and rank; see `steps.quantiles`."""
+        return quantiles.build(self.workspace, self.quantiles, self.rewards, self.references)
+
+    def build_training_set(self) -> Manifest:
+        """Join what was selected with its tokens and log-probs; see `steps.training_set`."""
+        ranked = self.workspace.artifacts.get(self.quantiles)
+        return training_set.build(self.workspace, self.training_set, ranked, self.logprobs)
+
+    def _logprobs(self, rows: Wanted | None) -> LogprobStep:
+        label = self.label("reference log-probs")
+        return LogprobStep(self.rewards.completions, self.reference, label, rows)
+
+    @property
+    def _expected(self) -> Wanted | None:
+        completions, data = self.rewards.completions, self.workspace.experiment.training_data
+        if self.number > 1:
+            data = data.model_copy(update={"count": None})
+        if not isinstance(completions, SampleStep):
+            return None
+        rows = expected_rows(data, completions.count)
+        return dict.fromkeys(completions.wanted, rows)
+
+
+def first_round(
+    workspace: Workspace, reference: Policy, asked: Recipe, table: pa.Table, offline: pa.Table | None
+) -> Round:
+    """The round on `training_data`. asked : the prompts' recipe. table : PROMPTS. offline : OFFLINE."""
+    experiment = workspace.experiment
+    data, train = experiment.training_data, prompts.of_split(table, "train")
+    samples = SampleStep(
+        workspace, reference, train, experiment.sampling.references_per_prompt, "sample references"
+    )
+    sampled = RewardStep(samples, "score references")
+    if data.mode != "offline" or offline is None:
+        return _round(workspace, 1, reference, reference, asked, (samples, sampled), sampled, sampled)
+    own = OfflineCompletions(workspace, reference, train, offline)
+    rewards = GivenRewards(own) if data.rewards == "given" else RewardStep(own, "score offline completions")
+    steps: tuple[BlockStep, ...] = (rewards,) if isinstance(rewards, RewardStep) else ()
+    if data.references == "offline":
+        references: quantiles.Rewards | None = rewards
+    elif experiment.objective.kind == "qrpo":
+        references, steps = sampled, (samples, sampled, *steps)
+    else:
+        references = None  # the baselines rank nothing, and drawing references is what costs
+    return _round(workspace, 1, reference, reference, asked, steps, rewards, references)
+
+
+def next_round(before: Round, asked: Recipe, policy: Policy) -> Round:
+    """The round after `before`, on draws from the policy that it made."""
+    workspace = before.workspace
+    count = workspace.experiment.rounds.samples_per_prompt
+    number = before.number + 1
+    train = before.rewards.completions.prompts
+    samples = SampleStep(workspace, policy, train, count, f"sample, round {number}")
+    rewards = RewardStep(samples, f"score, round {number}")
+    return _round(
+        workspace,
+        number,
+        policy,
+        before.reference,
+        asked,
+        (samples, rewards),
+        rewards,
+        before.references,
+    )
+
+
+def _round(
+    workspace: Workspace,
+    number: int,
+    start: Policy,
+    reference: Policy,
+    asked: Recipe,
+    steps: tuple[BlockStep, ...],
+    rewards: quantiles.Rewards,
+    references: quantiles.Rewards | None,
+) -> Round:
+    ranked = quantiles.recipe(workspace, asked, rewards, references)
+    logprobs = LogprobStep(rewards.completions, reference, "")
+    assembled = training_set.recipe(ranked, logprobs)
+    trained = training.recipe(workspace, assembled, start)
+    return Round(workspace, number, start, reference, steps, rewards, references, ranked, assembled, trained)

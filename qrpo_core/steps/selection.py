@@ -1,0 +1,187 @@
+"""Which completions are trained on, which of two is preferred, and what they are ranked among.
+
+A completion that was selected by its rank must not be ranked among those it was selected from: leaving
+itself out is not enough then (method.md 3.2). So `best_worst` ranks among references outside its pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qrpo_core.records import PAIRS
+from qrpo_core.train.config import TrainingDataConfig
+
+Status = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a mode makes of scored completions.
+
+    rows : REWARDS rows to train on, all with status ok.
+    pairs : PAIRS rows; both sides are among `rows`.
+    references : REWARDS rows to rank among, all with status ok; None where nothing is ranked.
+    in_pool : whether every one of `rows` is itself one of `references`.
+    facts : how many pairs were left out or contradict a label.
+    """
+
+    rows: pa.Table
+    pairs: pa.Table
+    references: pa.Table | None
+    in_pool: bool
+    facts: dict[str, int] = field(default_factory=dict)
+
+
+def select(
+    data: TrainingDataConfig,
+    rewards: pa.Table,
+    references: pa.Table | None,
+    *,
+    offline: pa.Table | None = None,
+) -> Selection:
+    """The completions to train on.
+
+    rewards : REWARDS of the candidates. references : REWARDS to rank among; the same table object as
+        `rewards` where the candidates are the references themselves; None where nothing is ranked.
+    offline : OFFLINE rows of mode offline, which say what was paired with what.
+    """
+    shared = references is rewards
+    scored = _ok(rewards)
+    others = scored if shared else None if references is None else _ok(references)
+    if data.mode == "offline":
+        return _offline(data, Selection(scored, PAIRS.empty_table(), others, shared), offline)
+    if data.mode == "best_worst":
+        return _best_worst(data, scored, others, shared)
+    if data.mode == "pairs":
+        return _neighbours(data, scored, others, shared)
+    limit = data.count if shared and data.count is not None else None
+    rows = scored if limit is None else scored.filter(pc.less(scored["sample_index"], limit))
+    return Selection(rows, PAIRS.empty_table(), others, shared)
+
+
+def expected_rows(data: TrainingDataConfig, count: int) -> range:
+    """Sample indices of a prompt that are trained on if all of `count` are scored; for plans.
+
+    best_worst trains on two of its pool, which two is not known before: any two stand for them.
+    """
+    if data.mode == "best_worst":
+        return range(min(2, count))
+    limit = count if data.count is None else data.count
+    if data.mode == "pairs":
+        return range(2 * min(limit, count // 2) if data.count is not None else count // 2 * 2)
+    return range(min(limit, count))
+
+
+def _ok(rewards: pa.Table) -> pa.Table:
+    return rewards.filter(pc.equal(rewards["status"], "ok"))
+
+
+def _neighbours(
+    data: TrainingDataConfig, scored: pa.Table, others: pa.Table | None, shared: bool
+) -> Selection:
+    """Completions 0 and 1, 2 and 3, ... of each prompt; any two of exchangeable draws are a random pair."""
+    if shared and data.count is not None:
+        scored = scored.filter(pc.less(scored["sample_index"], 2 * data.count))
+    prompts, index, reward = _columns(scored)
+    order = np.lexsort((index, prompts))
+    prompts, index, reward = prompts[order], index[order], reward[order]
+    left = np.flatnonzero(
+        (prompts[1:] == prompts[:-1]) & (index[1:] == index[:-1] + 1) & (index[:-1] % 2 == 0)
+    )
+    whole = np.sort(np.concatenate([left, left + 1]))
+    rows = scored.take(pa.array(order[whole]))
+    pairs, tied = _by_reward(rows, reward[whole][0::2], reward[whole][1::2])
+    facts = {"unpaired_rows": len(scored) - len(rows), "tied_pairs": tied}
+    return Selection(rows, pairs, others, shared, facts)
+
+
+def _best_worst(
+    data: TrainingDataConfig, scored: pa.Table, others: pa.Table | None, shared: bool
+) -> Selection:
+    """The best and the worst of each prompt's pool; of equals the first is best and the last is worst."""
+    pool = scored
+    if shared and others is not None:
+        inside = pc.less(scored["sample_index"], data.pool)
+        pool, others = scored.filter(inside), scored.filter(pc.invert(inside))
+    worst, best = _ends(pool)
+    rows = pool.take(pa.array(np.stack([best, worst], axis=1).ravel()))
+    reward = rows["reward"].to_numpy()
+    pairs, tied = _by_reward(rows, reward[0::2], reward[1::2])
+    return Selection(rows, pairs, others, False, {"tied_pairs": tied})
+
+
+def _ends(pool: pa.Table) -> tuple[Any, Any]:
+    """Row numbers of each prompt's worst and best completion, for prompts with two or more."""
+    prompts, index, reward = _columns(pool)
+    order = np.lexsort((-index, reward, prompts))
+    held = prompts[order]
+    first = np.flatnonzero(np.append(True, held[1:] != held[:-1])) if len(held) else np.empty(0, np.int64)
+    last = np.append(first[1:], len(held)) - 1 if len(held) else first
+    several = last > first
+    return order[first[several]], order[last[several]]
+
+
+def _by_reward(rows: pa.Table, left: Any, right: Any) -> tuple[pa.Table, int]:
+    """Pairs of neighbouring rows (2i, 2i + 1), the better first; equal rewards make none and are counted."""
+    differs = left != right
+    number = np.arange(0, len(rows), 2)
+    better = np.where(left > right, number, number + 1)[differs]
+    other = np.where(left > right, number + 1, number)[differs]
+    return _pairs(rows, better, other), int((~differs).sum())
+
+
+def _pairs(rows: pa.Table, chosen: Any, rejected: Any) -> pa.Table:
+    sides = [rows["sample_index"].take(pa.array(side, pa.int64())) for side in (chosen, rejected)]
+    return pa.table([rows["prompt_id"].take(pa.array(chosen, pa.int64())), *sides], schema=PAIRS)
+
+
+def _columns(table: pa.Table) -> tuple[Any, Any, Any]:
+    """Prompt codes in order of appearance, sample indices, rewards."""
+    codes = table["prompt_id"].combine_chunks().dictionary_encode().indices
+    return (
+        codes.to_numpy(zero_copy_only=False).astype(np.int64),
+        table["sample_index"].to_numpy().astype(np.int64),
+        table["reward"].to_numpy().astype(np.float64),
+    )
+
+
+def _offline(data: TrainingDataConfig, found: Selection, offline: pa.Table | None) -> Selection:
+    """All scored completions; paired as the data set pairs them, or the best and the worst graded one."""
+    rows = found.rows
+    if offline is None or not offline["pair"].is_valid().to_numpy().any():
+        worst, best = _ends(rows)
+        reward = rows["reward"].to_numpy()
+        ends = rows.take(pa.array(np.stack([best, worst], axis=1).ravel()))
+        pairs, tied = _by_reward(ends, reward[best], reward[worst])
+        return replace(found, pairs=pairs, facts={"tied_pairs": tied})
+    place = {
+        pair: at
+        for at, pair in enumerate(
+            zip(rows["prompt_id"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
+        )
+    }
+    sides: dict[tuple[str, int], dict[str, int]] = {}
+    names = ("prompt_id", "pair", "label", "sample_index")
+    for prompt, pair, label, index in zip(*(offline[name].to_pylist() for name in names), strict=True):
+        at = place.get((prompt, index))
+        if at is not None:
+            sides.setdefault((prompt, pair), {})[label] = at
+    whole = [(side["chosen"], side["rejected"]) for side in sides.values() if len(side) == 2]
+    both = np.array(whole, np.int64).reshape(-1, 2)
+    reward = rows["reward"].to_numpy()
+    labelled, other = reward[both[:, 0]], reward[both[:, 1]]
+    facts = {"label_contradicts_reward": int((labelled < other).sum())}
+    unscored = len({key for key, side in sides.items() if len(side) < 2})
+    facts |= {"pairs_with_an_unscored_side": unscored, "tied_pairs": 0}
+    if data.preference == "label":
+        return replace(found, pairs=_pairs(rows, both[:, 0], both[:, 1]), facts=facts)
+    differs = labelled != other
+    chosen = np.where(labelled > other, both[:, 0], both[:, 1])[differs]
+    rejected = np.where(labelled > other, both[:, 1], both[:, 0])[differs]
+    facts["tied_pairs"] = int((~differs).sum())
+    return replace(found, pairs=_pairs(rows, chosen, rejected), facts=facts)

@@ -1,0 +1,65 @@
+"""What each training process runs: ``python -m qrpo_core.train JOB``.
+
+The pipeline starts it through launch.py. By hand, on several machines that share a filesystem, with JOB
+written by `qrpo_core.train.launch.write_job`, on each of them::
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m qrpo_core.train JOB
+
+The policy goes to the `out` of JOB/job.json, what was logged to JOB/history.json. Killed, the same command
+goes on from the last checkpoint in JOB. Without torchrun it is one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from qrpo_core.errors import QRPOError
+from qrpo_core.train.launch import AGENT, HISTORY, PROGRESS, die_with_parent, read_job, write_failure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the job says; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m qrpo_core.train", description="Train as a job says.")
+    parser.add_argument("job", type=Path, help="a directory that write_job wrote")
+    job = parser.parse_args(arguments).job.absolute()
+    if AGENT in os.environ:
+        die_with_parent(int(os.environ[AGENT]))
+    try:
+        _train(job)
+    except Exception as error:
+        write_failure(job, error)
+        if not isinstance(error, QRPOError):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _train(job: Path) -> None:
+    items, settings = read_job(job)
+
+    from qrpo_core.train.run import train_here
+
+    def on_step(step: int, steps: int, logged: dict[str, float]) -> None:
+        with (job / PROGRESS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([step, steps, logged]) + "\n")
+
+    history = train_here(items, **settings, on_step=on_step)
+    if int(os.environ.get("RANK", "0")) == 0:
+        new = job / f"{HISTORY}.new"
+        new.write_text(json.dumps(history), encoding="utf-8")
+        os.replace(new, job / HISTORY)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    # Rank 0 still writes the policy while the others are done: torchrun waits for it.
+    sys.exit(status)

@@ -1,0 +1,244 @@
+"""Two processes give what one gives: whole copies (DDP) and shards (FSDP2), on gloo; and torchrun's life."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
+from qrpo_core.data.collator import Example
+from qrpo_core.train.__main__ import main
+from qrpo_core.train.checkpoints import MARKER
+from qrpo_core.train.launch import HISTORY, launch, read_job, write_job
+
+TIMED = {"tokens_per_second", "peak_memory_gb"}
+#: How a step is cut into passes depends on the processes, and with it what is padded.
+CUT = {"padding_share"}
+#: 11 examples, 4 a step, twice: the last step of an epoch has 3, of which one process gets one.
+STEPS = 6
+
+Entries = list[dict[str, float]]
+Finished = tuple[Entries, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    """Forks processes that have imported everything: real ones, without 5 s of imports for each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qrpo_core.train.run", "peft", "torch.distributed.checkpoint"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def make_job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A job directory; training settings by name."""
+    draw = np.random.default_rng(0)
+    items = [
+        Example(
+            draw.integers(0, 256, 3 + row % 4).tolist(),
+            draw.integers(0, 256, 2 + row % 7).tolist(),
+            target=float(draw.normal()),
+            beta=0.5,
+            ref_logprob=float(-10 - draw.random()),
+        )
+        for row in range(11)
+    ]
+
+    def make(**training: Any) -> Path:
+        folder = tmp_path_factory.mktemp("training")
+        settings = {"batch_size": 4, "epochs": 2, "learning_rate": 1e-3, "checkpoint_minutes": 0} | training
+        write_job(
+            items,
+            tiny_model,
+            folder / "policy",
+            folder / "job",
+            model=ModelConfig(path="tiny", dtype="float32"),
+            objective=ObjectiveConfig(beta=0.5),
+            training=TrainingConfig.model_validate(settings),
+        )
+        return folder / "job"
+
+    return make
+
+
+def start(server: ForkServerContext, job: Path, processes: int) -> list[BaseProcess]:
+    """What torchrun starts, from the fork server."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    started = [
+        server.Process(target=runpy.run_path, args=(__file__, {"JOB": str(job), "RANK": rank}, "rank"))
+        for rank in ranks
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def finish(server: ForkServerContext, job: Path, processes: int) -> Finished:
+    """Run to the end: what was logged, without what the clock decides, and the policy's weights."""
+    from safetensors.numpy import load_file
+
+    started = start(server, job, processes)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0] * processes
+    return kept(json.loads((job / HISTORY).read_text())), load_file(
+        job.parent / "policy" / "model.safetensors"
+    )
+
+
+def kept(entries: Entries) -> Entries:
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    return [{name: value for name, value in entry.items() if name not in TIMED} for entry in entries]
+
+
+def sealed(job: Path) -> list[int]:
+    return sorted(int(path.parent.name.split("-")[1]) for path in job.glob(f"checkpoint-*/{MARKER}"))
+
+
+def assert_close(entries: Entries, expected: Entries) -> None:
+    for entry, one in zip(entries, expected, strict=True):
+        same = entry.keys() - CUT
+        assert same == one.keys() - CUT
+        for name in same:
+            assert entry[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server: ForkServerContext, make_job: Callable[..., Path]) -> Callable[..., Finished]:
+    """The result of a training that nobody disturbs; each is run once."""
+
+    @cache
+    def run(processes: int, **training: Any) -> Finished:
+        return finish(server, make_job(**training), processes)
+
+    return run
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_numbers_of_one(uninterrupted: Callable[..., Finished], parallel: str) -> None:
+    (expected, one), (history, two) = uninterrupted(1), uninterrupted(2, parallel=parallel)
+    assert_close(history, expected)
+    assert two.keys() == one.keys()
+    for name, tensor in two.items():
+        np.testing.assert_allclose(tensor, one[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"parallel": "ddp"},
+        {"parallel": "fsdp"},
+        pytest.param({"parallel": "fsdp", "lora_rank": 4, "lora_dropout": 0.2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_kill_of_both_changes_nothing(
+    server: ForkServerContext,
+    make_job: Callable[..., Path],
+    uninterrupted: Callable[..., Finished],
+    training: dict[str, Any],
+) -> None:
+    expected, weights = uninterrupted(2, **training)
+    job = make_job(**training)
+    started = start(server, job, 2)
+    while not sealed(job):
+        assert all(process.is_alive() for process in started)
+        time.sleep(0.001)
+    for process in started:
+        process.kill()
+        process.join()
+    assert not (job / HISTORY).exists()
+    folder = job / f"checkpoint-{max(sealed(job))}"
+    assert bool(list(folder.glob("optimizer_0/__1_*.distcp"))) == (training["parallel"] == "fsdp")
+    history, again = finish(server, job, 2)
+    assert history == expected
+    assert all(np.array_equal(tensor, weights[name]) for name, tensor in again.items())
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    server: ForkServerContext, make_job: Callable[..., Path], uninterrupted: Callable[..., Finished]
+) -> None:
+    job = make_job()
+    finish(server, job, 2)
+    assert sealed(job) == [4, 5]
+    history, _ = finish(server, job, 1)
+    assert_close(history, uninterrupted(1)[0])
+
+
+LAUNCH = """
+import sys
+from pathlib import Path
+from qrpo_core.train.launch import launch, read_job
+items, given = read_job(Path(sys.argv[1]))
+launch(items, **given)
+"""
+
+
+def alive(job: Path) -> list[int]:
+    """Processes that have this job on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(job).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_torchrun_ends_with_its_parent_and_goes_on_when_asked_again(
+    make_job: Callable[..., Path], uninterrupted: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = make_job(processes=2)
+    parent = subprocess.Popen([sys.executable, "-c", LAUNCH, str(job)])
+    while not sealed(job):
+        assert parent.poll() is None
+        time.sleep(0.01)
+    family = alive(job)
+    parent.kill()
+    parent.wait()
+    assert len(family) == 4  # it, torchrun, and two that train
+    deadline = time.monotonic() + 5
+    while left := alive(job):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+
+    items, given = read_job(job)
+    seen: list[int] = []
+
+    def interrupt(step: int, steps: int, logged: dict[str, float]) -> None:
+        seen.append(step)
+        raise KeyboardInterrupt
+
+    if max(sealed(job)) < STEPS - 1:  # else the one step that is left may end before it is heard of
+        with pytest.raises(KeyboardInterrupt):
+            launch(items, **given, on_step=interrupt)
+        assert not alive(job)
+    history = launch(items, **given, on_step=lambda step, steps, logged: seen.append(step))
+    assert seen[-1] == STEPS
+    assert_close(kept(history), uninterrupted(1)[0])
+
+
+if __name__ == "rank":  # one of two, see `start`
+    os.environ.update(RANK)  # type: ignore[name-defined]  # noqa: F821
+    sys.exit(main([JOB]))  # type: ignore[name-defined]  # noqa: F821

@@ -1,0 +1,223 @@
+"""Log-probs from inside the head: against plain logits, and under everything that wraps a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from qrpo_core.errors import ModelError
+from qrpo_core.train.forward import check_head, policy_logprobs
+
+# peft asks transformers for a name that is about to go.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+}
+
+
+def load(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def batch(vocabulary: int = 90) -> dict[str, torch.Tensor]:
+    """Three rows of unequal length, padded on the right."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, vocabulary, (3, 9), generator=generator)
+    attention, completion = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (start, stop) in enumerate([(2, 9), (4, 7), (1, 5)]):
+        attention[row, :stop] = 1
+        completion[row, start:stop] = True
+        ids[row, stop:] = 0
+    return {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
+
+
+def plain(model: Any, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The other road: every row alone, unpadded, whole logits, log-softmax."""
+    sums = []
+    for ids, attention, completion in zip(*rows.values(), strict=True):
+        tokens = ids[: int(attention.sum())]
+        logprobs = model(input_ids=tokens[None]).logits[0].float().log_softmax(-1)
+        at = completion.nonzero()[:, 0]
+        sums.append(logprobs[at - 1, tokens[at]].sum())
+    return torch.stack(sums)
+
+
+def gradients(model: Any, sums: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    (sums * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
+    return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+
+def assert_same(model: Any) -> None:
+    rows = batch()
+    ours, theirs = policy_logprobs(model, **rows), plain(model, rows)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    for one, other in zip(gradients(model, ours), gradients(model, theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def families() -> dict[str, Callable[[], Any]]:
+    import transformers as t
+
+    two = {"sliding_window": 32, "head_dim": 8}
+    return {
+        "llama, tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+        "gemma2, softcap": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(**SIZES, **two, final_logit_softcapping=2.0)
+        ),
+        "cohere, factor": lambda: t.CohereForCausalLM(t.CohereConfig(**SIZES, logit_scale=0.3)),
+        "granite, divisor": lambda: t.GraniteForCausalLM(t.GraniteConfig(**SIZES, logits_scaling=0.2)),
+        "phi, bias": lambda: t.PhiForCausalLM(t.PhiConfig(**SIZES)),
+    }
+
+
+@pytest.mark.parametrize("family", list(families()))
+def test_log_probs_and_gradients_equal_the_plain_way(family: str) -> None:
+    torch.manual_seed(1)
+    model = families()[family]().float().eval()
+    before = model.config.to_dict()
+    assert_same(model)
+    check_head(model, batch()["input_ids"][:1])
+    assert model.config.to_dict() == before
+    assert "forward" not in model.get_output_embeddings().__dict__
+
+
+def test_padding_changes_nothing(tiny_model: Path) -> None:
+    model, rows = load(tiny_model), batch()
+    wider = {name: torch.nn.functional.pad(value, (0, 20)) for name, value in rows.items()}
+    torch.testing.assert_close(policy_logprobs(model, **rows), policy_logprobs(model, **wider))
+
+
+def test_everything_is_put_back_when_the_model_fails(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    model.config.final_logit_softcapping = 3.0
+    with pytest.raises(IndexError):
+        policy_logprobs(model, **(batch() | {"input_ids": torch.full((3, 9), 10**6)}))
+    assert "forward" not in model.lm_head.__dict__
+    assert model.config.final_logit_softcapping == 3.0
+
+
+def test_logits_scaled_in_an_unknown_way_are_refused() -> None:
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    torch.manual_seed(1)
+    sizes = SIZES | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    model = FalconH1ForCausalLM(FalconH1Config(**sizes, lm_head_multiplier=9.0)).train()
+    with pytest.raises(ModelError, match=r"FalconH1ForCausalLM scales its logits"):
+        check_head(model, torch.tensor([[5, 6, 7, 8]]))
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_heads_that_are_not_plain_are_refused_by_name(tiny_model: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(load(tiny_model), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ModelError, match=r"output head of type peft\.\S+Linear;.*leave lm_head"):
+        policy_logprobs(adapted, **batch())
+    kept = get_peft_model(
+        load(tiny_model), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    with pytest.raises(ModelError, match=r"peft\.\S+ModulesToSaveWrapper.*leave lm_head"):
+        policy_logprobs(kept, **batch())
+    model = load(tiny_model)
+    model.lm_head.forward = model.lm_head.forward
+    with pytest.raises(ModelError, match=r"forward of its own.*device_map"):
+        policy_logprobs(model, **batch())
+    with pytest.raises(ModelError, match="no output head"):
+        policy_logprobs(load(tiny_model).model, **batch())
+
+
+def test_lora_changes_nothing_before_it_is_trained(tiny_model: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    rows = batch()
+    expected = policy_logprobs(load(tiny_model), **rows)
+    adapted = get_peft_model(load(tiny_model), LoraConfig(r=2, target_modules="all-linear"))
+    torch.testing.assert_close(policy_logprobs(adapted, **rows), expected)
+
+
+def test_computing_activations_again_gives_the_same_gradients(tiny_model: Path) -> None:
+    rows, model = batch(), load(tiny_model)
+    expected = gradients(model, policy_logprobs(model, **rows))
+    again = load(tiny_model).train()
+    again.activation_checkpointing_enable()
+    for one, other in zip(gradients(again, policy_logprobs(again, **rows)), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_under_autocast_the_sum_stays_float32(tiny_model: Path) -> None:
+    """Products are bfloat16 on both roads; log-softmax and sums are float32."""
+    rows, model = batch(), load(tiny_model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = policy_logprobs(model, **rows), plain(model, rows)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-2)
+    assert (ours != ours.bfloat16()).any(), "sums are not on bfloat16's grid"
+    exact = policy_logprobs(model, **rows)
+    torch.testing.assert_close(ours, exact, rtol=2e-2, atol=0.5)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of one, on which sharding has all its hooks."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(model: Any, **policy: Any) -> Any:
+    """As accelerate does: layers, embedding, then norm and head together, then the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kept = {"mesh": init_device_mesh("cpu", (1,)), "mp_policy": MixedPrecisionPolicy(**policy)}
+    for layer in model.model.layers:
+        fully_shard(layer, **kept)
+    fully_shard(model.model.embed_tokens, **kept)
+    fully_shard([model.model.norm, model.lm_head], **kept, reshard_after_forward=False)
+    return fully_shard(model, **kept)
+
+
+@pytest.mark.usefixtures("one_process")
+class TestWrapped:
+    def test_fsdp2_shards(self, tiny_model: Path) -> None:
+        rows, model = batch(), load(tiny_model)
+        sharded = shard(load(tiny_model))
+        assert type(sharded.lm_head.weight).__name__ == "DTensor"
+        ours, theirs = policy_logprobs(sharded, **rows), policy_logprobs(model, **rows)
+        torch.testing.assert_close(ours, theirs)
+        for one, other in zip(gradients(sharded, ours), gradients(model, theirs), strict=True):
+            torch.testing.assert_close(one.full_tensor(), other)  # type: ignore[attr-defined]
+
+    def test_fsdp2_in_bfloat16_keeps_log_probs_in_float32(self, tiny_model: Path) -> None:
+        rows = batch()
+        exact = policy_logprobs(load(tiny_model), **rows)
+        sharded = shard(load(tiny_model), param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        ours = policy_logprobs(sharded, **rows)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, exact, rtol=2e-2, atol=0.5)
+        assert (ours != ours.bfloat16()).any()
+
+    def test_ddp(self, tiny_model: Path) -> None:
+        rows, model = batch(), load(tiny_model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(load(tiny_model))
+        ours, theirs = policy_logprobs(wrapped, **rows), policy_logprobs(model, **rows)
+        torch.testing.assert_close(ours, theirs)
+        for one, other in zip(gradients(wrapped, ours), gradients(model, theirs), strict=True):
+            torch.testing.assert_close(one, other)
