@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+TRL_VENV := .venv-trl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic test test-fast lint serve bench lock clean
+.PHONY: help install demo arithmetic test test-fast lint serve bench bench-trl lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,8 +28,8 @@ demo: $(STAMP)  ## align SmolLM2-135M for positive replies on this machine, end 
 arithmetic: $(STAMP)  ## the second experiment: sums with a verifiable reward, ties included
 	$(BIN)/qrpo run experiments/arithmetic.yaml
 
-test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the whole test suite, a process a core
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(STAMP)  ## the tests that need neither the real model nor a server
 	$(BIN)/python -m pytest -m 'not slow'
@@ -42,10 +44,22 @@ serve: $(STAMP)  ## a Prefect server with its UI on http://127.0.0.1:4200
 	$(BIN)/python -m flows.server
 
 bench: $(STAMP)  ## benchmarks; results land in benchmarks/results/
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/_% benchmarks/training_vs_trl.py,$(wildcard benchmarks/*.py)); do \
+		$(BIN)/python $$script || exit 1; done
+
+# Beside TRL, which lives in an environment of its own and knows nothing of our package. About ten minutes.
+bench-trl: $(STAMP) $(TRL_VENV)/.installed  ## training steps beside TRL's DPOTrainer: tokens/s and memory
+	$(BIN)/python benchmarks/training_vs_trl.py --trl-python $(TRL_VENV)/bin/python \
+		--output benchmarks/results/training_vs_trl.json
+
+$(TRL_VENV)/.installed:
+	@test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 trl==1.16.0 transformers==5.23.0 psutil
+	@touch $@
 
 lock: $(STAMP)  ## write requirements.lock from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^nvidia-' | sed -E 's/\+cpu//' > requirements.lock
 
-clean:  ## remove .venv and the store of this checkout
-	rm -rf $(VENV) .qrpo
+clean:  ## remove .venv, .venv-trl and the store of this checkout
+	rm -rf $(VENV) $(TRL_VENV) .qrpo

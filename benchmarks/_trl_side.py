@@ -233,6 +233,7 @@ def train(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
             **shared_arguments(job, folder, checkpointing=settings["checkpointing"]),
             beta=job["beta"],
             max_length=None,  # nothing is cut
+            model_init_kwargs={"dtype": "float32"},  # as ours: bf16 is autocast
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=job["pairs_a_step"] // rows,
             precompute_ref_log_probs=settings["precompute"],

@@ -54,7 +54,12 @@ def one(ties: bool) -> dict[str, float]:
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     assert len(counts) == SAMPLES
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": wall, "cpu_seconds": cpu, "peak_rss_gb": peak / 1e6, "inputs_rss_gb": before / 1e6}
+    return {
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "peak_rss_gb": peak * 1024 / 1e9,
+        "inputs_rss_gb": before * 1024 / 1e9,
+    }
 
 
 def run(ties: bool, repeats: int) -> dict[str, object]:

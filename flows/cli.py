@@ -1,23 +1,20 @@
-"""`qrpo`: run, plan, show, report, config.
+"""`qrpo`: run, plan, show, report, config; explain; ls, verify, gc, compact.
 
-Exit status: 0 done; 1 something broke; 2 bad input (one line says what, where and the remedy; nothing was
-written); 130 interrupted (what was committed stays).
+Exit status: 0 done; 1 something broke, or `verify` found damage; 2 bad input (one line says what, where and
+the remedy; nothing was written); 130 interrupted (what was committed stays).
+
+What the commands do is in `commands.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
-from qrpo_core.config import Experiment
+from flows import commands
 from qrpo_core.errors import QRPOError
-from qrpo_core.experiments import load_experiment
 
 FLOWS = ("align", "precompute", "train", "evaluate")
 
@@ -40,93 +37,88 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qrpo", description="Align a language model with absolute rewards.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    run = _command(commands, "run", _run, "compute what is missing, train, evaluate and write the report")
-    run.add_argument("--flow", choices=FLOWS, default="align", help="which flow (default: align, all of it)")
-    _command(commands, "plan", _plan, "what `run` would compute, stage by stage, and why; writes nothing")
-    _command(
-        commands, "show", _show, "the result: the evaluation's table, where the policy and the report are"
+    added = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    run = _command(
+        added, "run", commands.run, "compute what is missing, train, evaluate and write the report"
     )
-    report = _command(commands, "report", _report, "print the path of the HTML report, or copy it")
+    run.add_argument("--flow", choices=FLOWS, default="align", help="which flow (default: align, all of it)")
+    _command(
+        added, "plan", commands.plan, "what `run` would compute, stage by stage, and why; writes nothing"
+    )
+    _command(
+        added,
+        "show",
+        commands.show,
+        "the result: the evaluation's table, where the policy and the report are",
+    )
+    report = _command(added, "report", commands.report, "print the path of the HTML report, or copy it")
     report.add_argument("--out", type=Path, help="copy the report to this file")
     config = _command(
-        commands, "config", _config, "the experiment with every default, as YAML", optional=True
+        added, "config", commands.config, "the experiment with every default, as YAML", optional=True
     )
     config.add_argument(
         "--schema", action="store_true", help="JSON schema of an experiment, with descriptions"
     )
+    explain = _command(
+        added, "explain", commands.explain, "where the numbers of a prompt or a completion come from"
+    )
+    explain.add_argument(
+        "prompt", metavar="PROMPT[:INDEX]", help="prompt_id or its beginning; sample_index of a completion"
+    )
+    explain.add_argument("--json", action="store_true", help="the same as JSON")
+    _add_upkeep(added)
     return parser
 
 
+def _add_upkeep(added: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands that look after a store."""
+    ls = _command(added, "ls", commands.ls, "what the store holds, and what of it the experiment uses")
+    ls.add_argument("--all", action="store_true", help="every recipe, not only the experiment's")
+    verify = _command(
+        added, "verify", commands.verify, "compare everything that the experiment uses with its digest"
+    )
+    verify.add_argument("--all", action="store_true", help="everything in the store")
+    verify.add_argument("--repair", action="store_true", help="set aside what is damaged, to be made again")
+    gc = _command(
+        added,
+        "gc",
+        commands.gc,
+        "what none of the experiments named refers to; deletes only with --apply",
+        many=True,
+    )
+    gc.add_argument("--apply", action="store_true", help="delete it")
+    gc.add_argument(
+        "--older-than",
+        type=float,
+        default=7.0,
+        metavar="DAYS",
+        help="leave alone what was written in the last DAYS days (default 7): a run in progress may need it",
+    )
+    _command(
+        added,
+        "compact",
+        commands.compact,
+        "merge the many small blocks of the experiment into few large ones",
+    )
+
+
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    added: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    call: object,
+    call: Callable[[argparse.Namespace], int],
     about: str,
     *,
     optional: bool = False,
+    many: bool = False,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-    parser.add_argument("experiment", nargs="?" if optional else None, help="YAML file of the experiment")
+    parser = added.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    number = "?" if optional else "+" if many else None
+    parser.add_argument("experiment", nargs=number, help="YAML file of the experiment")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=VALUE", help="override a field (repeatable)"
     )
     parser.set_defaults(command=call)
     return parser
-
-
-def _experiment(options: argparse.Namespace) -> Experiment:
-    return load_experiment(options.experiment, options.set)
-
-
-def _run(options: argparse.Namespace) -> int:
-    from flows.run import run
-
-    return run(_experiment(options), options.flow)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from qrpo_core.plan import plan
-    from qrpo_core.preflight import check
-    from qrpo_core.show import plan_lines
-    from qrpo_core.steps.workspace import Workspace
-
-    workspace = Workspace(_experiment(options))
-    check(workspace)
-    print("\n".join(plan_lines(plan(workspace), workspace.objects.url)))
-    return 0
-
-
-def _show(options: argparse.Namespace) -> int:
-    from qrpo_core.show import result_lines
-    from qrpo_core.steps.workspace import Workspace
-
-    print("\n".join(result_lines(Workspace(_experiment(options)))))
-    return 0
-
-
-def _report(options: argparse.Namespace) -> int:
-    from qrpo_core.show import report_path
-    from qrpo_core.steps.workspace import Workspace
-
-    path = report_path(Workspace(_experiment(options)))
-    if options.out is not None:
-        shutil.copyfile(path, options.out)
-        path = options.out
-    print(path)
-    return 0
-
-
-def _config(options: argparse.Namespace) -> int:
-    if options.schema:
-        print(json.dumps(Experiment.model_json_schema(), indent=2))
-    elif options.experiment is None:
-        raise QRPOError("qrpo config needs an experiment file or --schema")
-    else:
-        print(
-            yaml.safe_dump(_experiment(options).model_dump(mode="json"), sort_keys=False, width=100), end=""
-        )
-    return 0
 
 
 if __name__ == "__main__":

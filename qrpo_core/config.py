@@ -33,6 +33,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "StoreConfig",
+    "TopUpConfig",
     "TrainingConfig",
     "TrainingDataConfig",
     "WeightedTerm",
@@ -109,9 +110,17 @@ class PromptsConfig(Section):
             raise ValueError("prompts.chosen_field and prompts.rejected_field come together")
         if self.completion_fields and self.chosen_field is not None:
             raise ValueError("prompts.completion_fields and prompts.chosen_field exclude each other")
-        if self.completion_reward_field is not None and not self.completion_fields:
-            raise ValueError("prompts.completion_reward_field needs prompts.completion_fields")
+        self._check_completions()
         return self
+
+    def _check_completions(self) -> None:
+        for field in ("completion_reward_field", "completion_text_field"):
+            if field in changed_fields(self) and not self.completion_fields:
+                raise ValueError(f"prompts.{field} needs prompts.completion_fields")
+        if len(set(self.completion_fields)) < len(self.completion_fields):
+            raise ValueError("prompts.completion_fields names a column twice")
+        if self.completion_text_field == self.completion_reward_field:
+            raise ValueError("prompts.completion_text_field and prompts.completion_reward_field are one key")
 
 
 def _prompt_fields(kind: str) -> set[str]:
@@ -199,6 +208,16 @@ class EvaluationConfig(Section):
     seed: int = Field(0)
 
 
+class TopUpConfig(Section):
+    """What the flow `top_up` adds to the references in one run."""
+
+    standard_error: Annotated[float, Field(gt=0, lt=0.5)] | None = Field(
+        None, description="Raise budgets until no quantile is less certain than this; null keeps the budgets."
+    )
+    max_references: PositiveInt = Field(256, description="References a prompt that precision may ask for.")
+    rows_per_run: PositiveInt = Field(10_000, description="References that one run draws at most.")
+
+
 class StoreConfig(Section):
     """Where artifacts live. Credentials come from the environment or the usual AWS files, never from here."""
 
@@ -206,7 +225,20 @@ class StoreConfig(Section):
     endpoint_url: str | None = Field(None, description="s3: endpoint of a server other than AWS.")
     region: str | None = Field(None, description="s3: region.")
     path_style: bool = Field(False, description="s3: bucket in the path instead of the host name.")
-    rows_per_block: PositiveInt = Field(256, description="Rows of a block: what an interruption can cost.")
+    rows_per_block: PositiveInt = Field(8192, description="Most rows that a block may hold.")
+    block_minutes: PositiveFloat = Field(
+        5.0,
+        description="Minutes of work that a block should hold, at the rate measured so far: what an "
+        "interruption can cost.",
+    )
+    verify: Literal["always", "sampled", "never"] = Field(
+        "always",
+        description="Check content against its digest when it is read: always, for a tenth of the blocks and "
+        "files (chosen by their names), or never. A missing or unreadable object is noticed in any case.",
+    )
+    retry_seconds: NonNegativeFloat = Field(
+        60.0, description="s3: longest time that one call goes on trying against errors that pass."
+    )
 
 
 class Experiment(Section):
@@ -221,6 +253,7 @@ class Experiment(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
     rounds: RoundsConfig = RoundsConfig()
+    top_up: TopUpConfig = TopUpConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     store: StoreConfig = StoreConfig()
 

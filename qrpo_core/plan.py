@@ -31,6 +31,8 @@ class StagePlan:
     present, missing : rows (or 1 artifact) that the store has and that would be computed.
     why : why the missing ones are missing; empty when nothing is.
     seconds : expected, from this store's measured rates; None where there is no measurement.
+    tokens : expected for the missing rows, from the mean of those that the store has (sampling: drawn tokens;
+        log-probs: prompt and completion); None where there is no measurement or no tokens are counted.
     """
 
     stage: str
@@ -38,6 +40,7 @@ class StagePlan:
     missing: int
     why: str
     seconds: float | None = None
+    tokens: float | None = None
 
 
 def plan(workspace: Workspace) -> list[StagePlan]:
@@ -116,8 +119,9 @@ def _rows(workspace: Workspace, step: BlockStep) -> StagePlan:
         if committed
         else _changed(step.recipe, workspace.blocks.recipes(step.recipe.step))
     )
-    expected = _expected(workspace, step.recipe.step, count)
-    return StagePlan(step.label, asked - count, count, why, expected)
+    rate = workspace.blocks.rate(step.recipe)
+    seconds = None if rate is None else count / rate
+    return StagePlan(step.label, asked - count, count, why, seconds, _tokens(committed, count))
 
 
 def _grown(missing: Iterable[Run], committed: Iterable[BlockManifest]) -> str:
@@ -141,7 +145,8 @@ def _changed(recipe: Recipe, others: list[dict[str, object]]) -> str:
     return f"changed: {', '.join(differences[0][:4])}" + (", ..." if len(differences[0]) > 4 else "")
 
 
-def _expected(workspace: Workspace, step: str, rows: int) -> float | None:
-    """Seconds for so many rows at the rate of the blocks of this step that the store has."""
-    rates = workspace.blocks.rate(step)
-    return None if rates is None else rows / rates
+def _tokens(committed: Iterable[BlockManifest], rows: int) -> float | None:
+    """Tokens of so many rows by the mean of the committed ones; None where their blocks count none."""
+    counted = [block for block in committed if "tokens" in block.facts]
+    held = sum(block.rows for block in counted)
+    return rows * sum(int(block.facts["tokens"]) for block in counted) / held if held else None

@@ -8,6 +8,7 @@ from qrpo_core.rewards.registry import check_references
 from qrpo_core.steps import policies, prompts
 from qrpo_core.steps.ranked import fewest_references
 from qrpo_core.steps.workspace import Workspace
+from qrpo_core.train.lora import require_peft
 
 
 def check(workspace: Workspace) -> None:
@@ -17,6 +18,8 @@ def check(workspace: Workspace) -> None:
     already, and sees that the reward has what it checks against.
     """
     _check_budget(workspace.experiment)
+    if workspace.experiment.training.lora_rank is not None:
+        require_peft()
     policies.source_of(workspace)
     found = prompts.find(workspace, prompts.recipe(workspace))
     columns = (found.prompts[name].to_pylist() for name in ("source", "reference"))

@@ -17,16 +17,25 @@ from qrpo_core.store.artifacts import Manifest
 
 
 def plan_lines(stages: Sequence[StagePlan], store: str) -> list[str]:
-    """A table of the stages: what is there, what is missing, why, and the expected time."""
-    rows = [("stage", "present", "missing", "expected", "why")]
+    """A table of the stages: what is there, what is missing, its tokens and expected time, and why."""
+    rows = [("stage", "present", "missing", "tokens", "expected", "why")]
     for each in stages:
-        rows.append((each.stage, f"{each.present:,}", f"{each.missing:,}", _expected(each), each.why))
+        tokens = f"{each.tokens:,.0f}" if each.missing and each.tokens is not None else ""
+        counts = (f"{each.present:,}", f"{each.missing:,}", tokens)
+        rows.append((each.stage, *counts, _expected(each), each.why))
     lines = [f"Store: {store}", "", *table(rows)]
     left = [each for each in stages if each.missing]
     if not left:
         return [*lines, "", "Nothing to compute."]
     count = sum(each.missing for each in left)
-    return [*lines, "", f"To compute: {count:,} rows and artifacts in {len(left)} of {len(stages)} stages."]
+    known = sum(each.seconds for each in left if each.seconds is not None)
+    unknown = sum(each.seconds is None for each in left)
+    time = f" About {duration(known)}" if known else ""
+    time += (
+        f"{' and' if known else ' Time of'} {unknown} stages that were not measured yet" if unknown else ""
+    )
+    what = f"To compute: {count:,} rows and artifacts in {len(left)} of {len(stages)} stages."
+    return [*lines, "", what + (f"{time}." if time else "")]
 
 
 def _expected(stage: StagePlan) -> str:

@@ -90,6 +90,14 @@ def announce(stage: str, reused: int, computed: int, unit: str, seconds: float) 
     _line(f"  {stage:<28} {done} ({seconds:.1f} s)")
 
 
+def announce_problem(text: str) -> None:
+    """One line for something that was met and is being mended."""
+    if _console is not None:
+        _console.print(f"  {text}", highlight=False, style="yellow")
+    else:
+        get_run_logger().warning(text)
+
+
 @contextmanager
 def stage_progress(label: str, total: int, unit: str = "rows") -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`. Must be entered inside a flow or task run (the artifact belongs to it)."""

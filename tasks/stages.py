@@ -6,8 +6,9 @@ artifact. A *block* stage plans its missing rows against the store and runs one 
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,15 +18,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.utilities.annotations import quote
 
 from qrpo_core.config import Experiment
+from qrpo_core.errors import DamagedError
 from qrpo_core.steps import training
 from qrpo_core.steps.blocks import BlockStep
 from qrpo_core.steps.rounds import Round
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
-from qrpo_core.store.blocks import BlockPlan, count_rows
+from qrpo_core.store.blocks import BlockPlan, Blocks, Wanted, count_rows, missing_runs
 from qrpo_core.store.recipe import Recipe
 from tasks.cache import coarse_task
-from tasks.progress import announce, stage_progress
+from tasks.progress import announce, announce_problem, stage_progress
+
+#: How often a flow run starts over because a damaged block was set aside, before it gives up.
+_MENDINGS = 3
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,19 @@ class Stage:
 
 
 def workspace_of(experiment: Experiment) -> Workspace:
-    """The workspace that the flows of one process share for an experiment, engine included."""
+    """The workspace that the flows of one process share for an experiment, engine included.
+
+    Made once, when it is seen that the store can do what everything rests on: create an object only if there
+    is none.
+    """
     return _workspace(experiment.model_dump_json())
 
 
 @lru_cache(maxsize=1)
 def _workspace(experiment: str) -> Workspace:
-    return Workspace(Experiment.model_validate_json(experiment))
+    workspace = Workspace(Experiment.model_validate_json(experiment))
+    workspace.objects.check_conditional()
+    return workspace
 
 
 def make(workspace: Workspace, stage: str, recipe: Recipe, build: Callable[[], Manifest]) -> Stage:
@@ -73,29 +84,58 @@ def _build(recipe: Recipe, store: Any, build: Callable[[], Manifest]) -> str:
 
 
 def fill(workspace: Workspace, step: BlockStep) -> Stage:
-    """A block stage: compute the rows that are asked for and not in the store."""
+    """A block stage: compute the rows that are asked for and not in the store.
+
+    Blocks are taken in a random order, and each is looked up once more before it is computed, so that runs
+    that work on the same rows at once share them out instead of following each other.
+    """
     started = time.monotonic()
-    rows = step.wanted
-    wanted = count_rows(rows)
-    plans = workspace.blocks.plan(step.recipe, rows, workspace.experiment.store.rows_per_block)
-    missing = sum(plan.rows for plan in plans)
-    if plans:
+    wanted = step.wanted
+    missing = sum(run.count for run in missing_runs(wanted, workspace.blocks.committed(step.recipe)))
+    computed = 0
+    if missing:
         with stage_progress(step.label, missing) as advance:
-            for number, plan in enumerate(plans, 1):
-                name = f"{step.label} {number} of {len(plans)}"
+            for number, plan in enumerate(_blocks(workspace.blocks, step.recipe, wanted), 1):
+                name = f"{step.label}, block {number}"
                 compute_block.with_options(task_run_name=name)(
                     quote(step), quote(plan), quote(workspace), advance
                 )
-    state = "Completed" if plans else "Cached"
-    result = Stage(step.label, wanted - missing, missing, state, time.monotonic() - started)
+                computed += plan.rows
+    state = "Completed" if missing else "Cached"
+    result = Stage(step.label, count_rows(wanted) - computed, computed, state, time.monotonic() - started)
     announce(result.stage, result.reused, result.computed, "rows", result.seconds)
     return result
 
 
+def _blocks(blocks: Blocks, recipe: Recipe, wanted: Wanted) -> Iterator[BlockPlan]:
+    """The blocks to compute: planned anew while their size is a guess, and after others took some."""
+    while plans := blocks.plan(recipe, wanted, blocks.rows_for(recipe)):
+        measured = blocks.rate(recipe) is not None
+        random.shuffle(plans)  # the order of work alone: a row is the same in any block
+        for plan in plans if measured else plans[:1]:
+            left = blocks.still_missing(plan)
+            if left is not None:
+                yield left
+
+
+def mended(work: Callable[[], list[Stage]]) -> list[Stage]:
+    """The stages of `work`, done again where a damaged block was met, since that one is set aside then."""
+    for _ in range(_MENDINGS):
+        try:
+            return work()
+        except DamagedError as error:
+            announce_problem(f"{error}")
+    return work()
+
+
 def prepare(workspace: Workspace, round_: Round) -> list[Stage]:
     """Everything of a round before its training."""
-    stages = [fill(workspace, step) for step in round_.row_steps]
+    return mended(lambda: _prepare(workspace, round_))
+
+
+def _prepare(workspace: Workspace, round_: Round) -> list[Stage]:
     label = round_.label
+    stages = [fill(workspace, step) for step in round_.row_steps]
     stages.append(make(workspace, label("quantiles"), round_.quantiles, round_.build_quantiles))
     stages.append(fill(workspace, round_.logprobs))
     stages.append(make(workspace, label("training set"), round_.training_set, round_.build_training_set))

@@ -9,6 +9,8 @@ from pathlib import Path
 # Before anything imports torch or huggingface_hub, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests share their cores with servers and each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core
 os.environ.setdefault("QRPO_CACHE", str(Path(tempfile.gettempdir()) / "qrpo-tests"))
 
 import importlib.util

@@ -7,7 +7,7 @@ missing, how it is packed and when it is committed is the store's affair (`qrpo_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -18,6 +18,8 @@ from qrpo_core.ids import sample_seed
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
 from qrpo_core.rewards.base import RewardRequest
 from qrpo_core.rewards.registry import reward_identity
+from qrpo_core.steps import budgets
+from qrpo_core.steps.budgets import Budget
 from qrpo_core.steps.completions import Completions
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.workspace import Workspace
@@ -74,13 +76,14 @@ class BlockStep(Protocol):
 
 @dataclass(frozen=True)
 class SampleStep:
-    """Draw `count` completions of every prompt from a policy."""
+    """Draw `count` completions of every prompt from a policy, and of some as many as their budget says."""
 
     workspace: Workspace
     policy: Policy
     prompts: pa.Table
     count: int
     label: str
+    budget: Budget = field(default_factory=dict)
     schema = COMPLETIONS
 
     @property
@@ -93,7 +96,15 @@ class SampleStep:
 
     @property
     def wanted(self) -> Wanted:
-        return dict.fromkeys(self.prompts["prompt_id"].to_pylist(), range(self.count))
+        prompts = self.prompts["prompt_id"].to_pylist()
+        if not self.budget:
+            return dict.fromkeys(prompts, range(self.count))
+        return {prompt: range(max(self.count, self.budget.get(prompt, 0))) for prompt in prompts}
+
+    @property
+    def extent(self) -> dict[str, Any]:
+        beyond = budgets.digest(self.budget, self.count)
+        return {"count": self.count} | ({"budget": beyond} if beyond else {})
 
     def read(self, pairs: Sequence[tuple[str, int]]) -> pa.Table:
         return self.workspace.blocks.read_pairs(self.recipe, pairs, COMPLETIONS)

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pyarrow as pa
 
-from qrpo_core.errors import MissingError
+from qrpo_core.errors import ConfigError, MissingError
 from qrpo_core.steps import evaluation, policies, prompts
 from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep, SampleStep
 from qrpo_core.steps.policies import Policy
@@ -152,3 +152,16 @@ def stored_chain(workspace: Workspace) -> Chain:
     asked = prompts.recipe(workspace)
     manifest = workspace.artifacts.get(asked)
     return chain(workspace, reference, asked, prompts.stored(workspace, manifest))
+
+
+def reference_steps(workspace: Workspace) -> tuple[SampleStep, RewardStep]:
+    """The steps that draw and score the references; ConfigError where the experiment ranks nothing."""
+    first = stored_chain(workspace).first
+    rewards = first.references
+    if isinstance(rewards, RewardStep) and isinstance(rewards.completions, SampleStep):
+        return rewards.completions, rewards
+    raise ConfigError(
+        "this experiment draws no references",
+        where=f"training_data.mode {workspace.experiment.training_data.mode!r}",
+        remedy="a budget is for experiments that rank completions among sampled references",
+    )

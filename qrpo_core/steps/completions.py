@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,6 +45,11 @@ class Completions(Protocol):
         """The sample indices of every prompt."""
         ...
 
+    @property
+    def extent(self) -> dict[str, Any]:
+        """What names their number, JSON-ready, for recipes of tables that hold them all."""
+        ...
+
     def read(self, pairs: Sequence[tuple[str, int]]) -> pa.Table:
         """Columns token_ids, text and finish_reason of the rows asked for, in that order."""
         ...
@@ -70,6 +75,10 @@ class OfflineCompletions:
     @property
     def texts(self) -> Recipe:
         return Recipe("offline_text", OFFLINE_VERSION, {}, {})
+
+    @property
+    def extent(self) -> dict[str, Any]:
+        return {}  # the prompts' recipe, by the source's content
 
     @cached_property
     def rows(self) -> pa.Table:

@@ -18,7 +18,6 @@ from qrpo_core.steps.selection import Selection, select
 from qrpo_core.steps.tables import to_bytes
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
-from qrpo_core.store.blocks import count_rows
 from qrpo_core.store.recipe import Recipe
 
 VERSION = 2
@@ -44,8 +43,8 @@ def recipe(workspace: Workspace, prompts: Recipe, rewards: Rewards, references: 
     """
     config = {
         "training_data": recipe_fields(workspace.experiment.training_data),
-        "rows": count_rows(rewards.completions.wanted),
-        "references": 0 if references is None else count_rows(references.completions.wanted),
+        "rows": rewards.completions.extent,
+        "references": None if references is None else references.completions.extent,
     }
     keys = {"prompts": prompts.key, "rewards": rewards.recipe.key}
     if references is not None:

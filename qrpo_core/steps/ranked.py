@@ -25,6 +25,13 @@ def fewest_references(objective: ObjectiveConfig) -> int:
     return 1 + max(1, _transform(objective, np.zeros(1), np.ones(1, np.int64)).min_references)
 
 
+def shared_transform(objective: ObjectiveConfig) -> RewardTransform:
+    """The transform where one is wanted for all prompts: normal in place of scaled_normal."""
+    if objective.transform == "scaled_normal":
+        return get_transform("normal")
+    return _transform(objective, np.zeros(1), np.ones(1, np.int64))
+
+
 def _transform(objective: ObjectiveConfig, rewards: Any, sizes: Any) -> RewardTransform:
     """f. rewards [references] by prompt, sizes [prompts]; used by scaled_normal alone.
 

@@ -7,12 +7,12 @@ policy's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from qrpo_core.steps import prompts, quantiles, training, training_set
-from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep, SampleStep
+from qrpo_core.steps import budgets, prompts, quantiles, training, training_set
+from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep, SampleStep, reward_recipe
 from qrpo_core.steps.completions import GivenRewards, OfflineCompletions
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.selection import expected_rows
@@ -89,8 +89,8 @@ class Round:
             data = data.model_copy(update={"count": None})
         if not isinstance(completions, SampleStep):
             return None
-        rows = expected_rows(data, completions.count)
-        return dict.fromkeys(completions.wanted, rows)
+        counts = completions.wanted.items()
+        return {prompt: expected_rows(data, len(rows)) for prompt, rows in counts}
 
 
 def first_round(
@@ -99,9 +99,10 @@ def first_round(
     """The round on `training_data`. asked : the prompts' recipe. table : PROMPTS. offline : OFFLINE."""
     experiment = workspace.experiment
     data, train = experiment.training_data, prompts.of_split(table, "train")
-    samples = SampleStep(
-        workspace, reference, train, experiment.sampling.references_per_prompt, "sample references"
-    )
+    count = experiment.sampling.references_per_prompt
+    samples = SampleStep(workspace, reference, train, count, "sample references")
+    budget = budgets.read(workspace.objects, samples.recipe, reward_recipe(workspace, samples.texts))
+    samples = replace(samples, budget=budget)
     sampled = RewardStep(samples, "score references")
     if data.mode != "offline" or offline is None:
         return _round(workspace, 1, reference, reference, asked, (samples, sampled), sampled, sampled)

@@ -29,8 +29,8 @@ class Workspace:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.objects = open_objects(experiment.store)
-        self.artifacts = Artifacts(self.objects)
-        self.blocks = Blocks(self.objects)
+        self.artifacts = Artifacts(self.objects, experiment.store.verify)
+        self.blocks = Blocks(self.objects, experiment.store)
         self._chats: dict[Path, Chat] = {}
         self._engine: tuple[tuple[Any, ...], Engine] | None = None
         self._reward: Reward | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +18,14 @@ from typing import Any
 from qrpo_core import __version__
 from qrpo_core.errors import DamagedError, MissingError, StoreError
 from qrpo_core.ids import canonical_json, digest_bytes, digest_file, digest_json
-from qrpo_core.store.objects import Objects
+from qrpo_core.store.aside import set_aside
+from qrpo_core.store.checks import Check, Verify, is_checked
+from qrpo_core.store.interface import Objects
 from qrpo_core.store.recipe import Recipe
 
 FORMAT = 1
 
-_MAKE_AGAIN = "delete the artifact's folder; it is made again"
+_MAKE_AGAIN = "qrpo verify --repair sets the artifact aside; the next run makes it again"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Manifest:
         """Digest of the content: every file's name and digest."""
         return digest_json({name: entry["digest"] for name, entry in self.files.items()})
 
+    @property
+    def index(self) -> str:
+        """Object key of the manifest itself."""
+        return f"artifacts/{self.step}/{self.key}/manifest.json"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the step declares that its result comes out the same wherever it is made."""
+        return self.facts.get("exact") is True
+
     def path(self, name: str) -> str:
         """Key of one of the files."""
         if name not in self.files:
@@ -59,10 +71,15 @@ class Manifest:
 
 
 class Artifacts:
-    """Finds, commits and opens artifacts on a back end."""
+    """Finds, commits and opens artifacts on a back end.
 
-    def __init__(self, objects: Objects) -> None:
+    verify : whether a file's content is compared with its digest when it is first opened here.
+    """
+
+    def __init__(self, objects: Objects, verify: Verify = "always") -> None:
         self.objects = objects
+        self.check_on_read: Verify = verify
+        self._whole: set[str] = set()  # files that were compared
 
     def find(self, recipe: Recipe) -> Manifest | None:
         """The committed manifest of a recipe, or None."""
@@ -85,8 +102,62 @@ class Artifacts:
 
     def recipes(self, step: str) -> list[dict[str, Any]]:
         """Every recipe that has an artifact of a step, as its `to_dict`."""
-        keys = [key for key in self.objects.keys(f"artifacts/{step}/") if key.endswith("/manifest.json")]
-        return [_parse(self.objects.read(key), f"{self.objects.url}/{key}").recipe for key in keys]
+        return [manifest.recipe for manifest in self.manifests(step)]
+
+    def manifests(self, step: str | None = None) -> Iterator[Manifest]:
+        """Every artifact (of a step), by path. After the last one DamagedError, if some are unreadable."""
+        damaged = []
+        for check in self.check_manifests(step):
+            if isinstance(check.manifest, Manifest):
+                yield check.manifest
+            else:
+                damaged.append(check)
+        if damaged:
+            raise DamagedError(
+                f"{len(damaged)} artifacts are damaged, the first: {damaged[0].damage}",
+                where=f"{self.objects.url}/{damaged[0].key}",
+                remedy=_MAKE_AGAIN,
+            )
+
+    def check_manifests(self, step: str | None = None) -> Iterator[Check]:
+        """One a manifest, by path: the manifest, or why it cannot be read."""
+        for entry in self.objects.entries(f"artifacts/{step}/" if step else "artifacts/"):
+            if not entry.key.endswith("/manifest.json") or entry.key.count("/") != 3:
+                continue
+            try:
+                manifest = _parse(self.objects.read(entry.key), f"{self.objects.url}/{entry.key}")
+                yield Check(entry.key, 0, entry.size, "", manifest)
+            except MissingError:
+                continue  # removed since it was listed
+            except DamagedError as error:
+                yield Check(entry.key, 0, entry.size, error.message, None)
+
+    def verify(self, manifest: Manifest) -> Iterator[Check]:
+        """Every file of an artifact against its digest, as read now. Changes nothing."""
+        for name, entry in manifest.files.items():
+            key = manifest.path(name)
+            try:
+                damage = "" if self._digest(key) == entry["digest"] else "content and digest differ"
+            except MissingError:
+                damage = "the file is gone"
+            yield Check(key, 0, entry["bytes"], damage, manifest)
+
+    def set_aside(self, manifest: Manifest | str, why: str) -> str:
+        """Take an artifact's manifest away, so that it is made again; its files stay for inspection.
+
+        manifest : or the object key of a manifest that cannot be read.
+        Returns the object key of the record (``aside/<step>/<key>/manifest.json``), "" if it was gone.
+        """
+        entry = manifest if isinstance(manifest, str) else manifest.index
+
+        def judged(content: bytes) -> bool:
+            try:
+                found = _parse(content, entry)
+            except DamagedError:
+                return True
+            return found == manifest
+
+        return set_aside(self.objects, entry, why, judged)
 
     def commit(
         self, recipe: Recipe, files: Mapping[str, Path | bytes], facts: dict[str, Any], seconds: float
@@ -94,6 +165,7 @@ class Artifacts:
         """Store files and make them real in one conditional step; the loser of a race gets the winner's.
 
         files : name (may hold slashes) → local path or bytes.
+        With ``exact: True`` in the facts of both, contents that differ are a StoreError that names both.
         """
         entries = {name: _entry(content) for name, content in sorted(files.items())}
         folder = digest_json({name: entry["digest"] for name, entry in entries.items()})[:16]
@@ -115,14 +187,33 @@ class Artifacts:
             "seconds": round(seconds, 3),
             "code": __version__,
         }
-        self.objects.create(f"{recipe.path}/manifest.json", canonical_json(manifest).encode())
-        return self.get(recipe)
+        created = self.objects.create(f"{recipe.path}/manifest.json", canonical_json(manifest).encode())
+        winner = self.get(recipe)
+        if not created and winner.exact and facts.get("exact") is True and winner.files != entries:
+            names = sorted(
+                name
+                for name in winner.files.keys() | entries.keys()
+                if winner.files.get(name) != entries.get(name)
+            )
+            raise StoreError(
+                "the artifact came out in two ways, though its step declares that it cannot: folder "
+                f"{winner.folder} (by qrpo {winner.code}) is committed, folder {folder} was made now; the "
+                f"first file that differs is {names[0]}",
+                where=f"{self.objects.url}/{recipe.path}",
+                remedy="compare the machines and versions that made them; neither was removed",
+            )
+        return winner
 
     def read(self, manifest: Manifest, name: str) -> bytes:
-        """One file's bytes, checked against the manifest; DamagedError if they differ."""
-        data = self.objects.read(manifest.path(name))
-        if digest_bytes(data) != manifest.files[name]["digest"]:
-            raise _damaged(f"{self.objects.url}/{manifest.path(name)}")
+        """One file's bytes, compared with the manifest; DamagedError if they differ or are gone."""
+        key, entry = manifest.path(name), manifest.files[name]
+        try:
+            data = self.objects.read(key)
+        except MissingError:
+            raise _damaged("the file is gone", f"{self.objects.url}/{key}") from None
+        checked = is_checked(self.check_on_read, entry["digest"])
+        if len(data) != entry["bytes"] or (checked and digest_bytes(data) != entry["digest"]):
+            raise _damaged("content and digest differ", f"{self.objects.url}/{key}")
         return data
 
     def folder(self, manifest: Manifest, name: str) -> Path:
@@ -135,25 +226,54 @@ class Artifacts:
         return files[0].parents[depth]
 
     def file(self, manifest: Manifest, name: str) -> Path:
-        """A local path of one of the files; downloaded and checked once if the store is remote."""
+        """A local path of one of the files; downloaded once if the store is remote.
+
+        It is compared with the manifest when this process opens it first; DamagedError if it is not whole.
+        """
         key, entry = manifest.path(name), manifest.files[name]
-        local = self.objects.local(key)
-        if local is not None:
-            if not local.is_file():
-                raise MissingError("a file of an artifact is gone", where=str(local), remedy=_MAKE_AGAIN)
-            return local
+        target = self.objects.local(key) or self._downloaded(manifest, name)
+        where = str(target)
+        if not target.is_file():
+            raise _damaged("the file is gone", where)
+        if target.stat().st_size != entry["bytes"]:
+            raise _damaged(f"{target.stat().st_size} bytes instead of {entry['bytes']}", where)
+        if where not in self._whole and is_checked(self.check_on_read, entry["digest"]):
+            if digest_file(target) != entry["digest"]:
+                raise _damaged("content and digest differ", where)
+            self._whole.add(where)
+        return target
+
+    def _downloaded(self, manifest: Manifest, name: str) -> Path:
+        """The file's copy in the cache; complete by construction: renamed into place after its check."""
+        key, entry = manifest.path(name), manifest.files[name]
         folder = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
         target = folder / name
         if target.is_file() and target.stat().st_size == entry["bytes"]:
-            return target  # complete by construction: a download is renamed into place after its check
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             part = Path(scratch) / "part"
-            self.objects.download(key, part)
+            try:
+                self.objects.download(key, part)
+            except MissingError:
+                raise _damaged("the file is gone", f"{self.objects.url}/{key}") from None
             if digest_file(part) != entry["digest"]:
-                raise _damaged(f"{self.objects.url}/{key}")
+                raise _damaged("content and digest differ", f"{self.objects.url}/{key}")
             os.replace(part, target)
+        self._whole.add(str(target))
         return target
+
+    def _digest(self, key: str) -> str:
+        """Digest of an object as it is in the store now."""
+        local = self.objects.local(key)
+        if local is not None:
+            if not local.is_file():
+                raise MissingError("no such object", where=str(local))
+            return digest_file(local)
+        with tempfile.TemporaryDirectory() as scratch:
+            part = Path(scratch) / "part"
+            self.objects.download(key, part)
+            return digest_file(part)
 
 
 def cache_directory() -> Path:
@@ -175,12 +295,13 @@ def _parse(data: bytes, where: str) -> Manifest:
         raw = json.loads(data)
         if raw.pop("format") != FORMAT:
             raise StoreError("manifest of another format", where=where, remedy="upgrade qrpo")
-        return Manifest(**raw)
+        manifest = Manifest(**raw)
+        if digest_json(manifest.recipe) != manifest.key:
+            raise ValueError("its recipe is not the one it is named by")
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(
-            f"unreadable manifest: {error}", where=where, remedy="delete its folder; it is made again"
-        ) from None
+        raise DamagedError(f"unreadable manifest: {error}", where=where, remedy=_MAKE_AGAIN) from None
 
 
-def _damaged(where: str) -> DamagedError:
-    return DamagedError("content and digest differ", where=where, remedy=_MAKE_AGAIN)
+def _damaged(why: str, where: str) -> DamagedError:
+    return DamagedError(why, where=where, remedy=_MAKE_AGAIN)

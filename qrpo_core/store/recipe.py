@@ -42,6 +42,11 @@ class Recipe:
         """JSON-ready form, from which the key is made."""
         return {"step": self.step, "version": self.version, "config": self.config, "inputs": self.inputs}
 
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Recipe:
+        """The recipe whose `to_dict` this is; TypeError or KeyError if it is none."""
+        return cls(raw["step"], raw["version"], dict(raw["config"]), dict(raw["inputs"]))
+
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Dotted names of the fields in which another recipe (its `to_dict`) differs, sorted."""
         return sorted(_differences(self.to_dict(), other, ""))

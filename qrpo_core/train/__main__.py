@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qrpo_core.errors import QRPOError
-from qrpo_core.train.launch import AGENT, HISTORY, PROGRESS, die_with_parent, read_job, write_failure
+from qrpo_core.train.launch import AGENT, FAILURE, HISTORY, PROGRESS, die_with_parent, read_job, write_failure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,10 +56,8 @@ def _train(job: Path) -> None:
         new = job / f"{HISTORY}.new"
         new.write_text(json.dumps(history), encoding="utf-8")
         os.replace(new, job / HISTORY)
+        (job / FAILURE).unlink(missing_ok=True)  # of an earlier run by hand
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    # Rank 0 still writes the policy while the others are done: torchrun waits for it.
-    sys.exit(status)
+    sys.exit(main())

@@ -11,14 +11,11 @@ Disk: a checkpoint holds the weights and Adam's two moments in float32, 12 bytes
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,31 +131,6 @@ def newest(work: Path, facts: dict[str, Any]) -> Path | None:
             )
         return folder
     return None
-
-
-@contextlib.contextmanager
-def alone(work: Path, patience: float = 10.0) -> Iterator[None]:
-    """Hold `work` for this training; raise StoreError if another process has it for `patience` seconds.
-
-    The lock goes with the process, so a kill leaves none behind. The processes of a killed run may outlive it
-    for a moment, hence the patience.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
-    with (work / "lock").open("ab") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StoreError(
-                        "another run is training this policy",
-                        where=str(work),
-                        remedy="wait until it has ended, then run again: what it has made is used",
-                    ) from None
-                time.sleep(0.1)
-        yield
 
 
 def from_first(value: Any, args: Any) -> Any:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrpo_core import errors
 from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
-from qrpo_core.errors import DataError, QRPOError
+from qrpo_core.errors import DataError, QRPOError, StoreError
 
 if TYPE_CHECKING:
     from qrpo_core.data.collator import Example, Item
@@ -60,27 +62,19 @@ def launch(
 
     Raises what the processes raise; QRPOError with the last lines of the log where one dies without a word.
     """
-    write_job(items, directory, out, work, model=model, objective=objective, training=training)
-    for name in (PROGRESS, HISTORY, FAILURE, LOG):
-        (work / name).unlink(missing_ok=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={training.processes}"]
-    with (work / LOG).open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, str(os.getpid()), *torchrun, "-m", "qrpo_core.train", str(work)],
-            env=_environment(training.processes),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process, which ends the others
-        )
-    try:
-        status = _follow(process, work, on_step)
-    finally:
-        _end(process)
-    if status != 0 or not (work / HISTORY).is_file():
-        raise _failure(work, status)
-    history: list[dict[str, float]] = json.loads((work / HISTORY).read_text(encoding="utf-8"))
-    return history
+    with alone(work / "launch.lock"):  # the processes of a run that goes on must keep their files
+        write_job(items, directory, out, work, model=model, objective=objective, training=training)
+        for name in (PROGRESS, HISTORY, FAILURE, LOG):
+            (work / name).unlink(missing_ok=True)
+        process = _torchrun(training.processes, work)
+        try:
+            status = _follow(process, work, on_step)
+        finally:
+            _end(process)
+        if status != 0 or not (work / HISTORY).is_file():
+            raise _failure(work, status)
+        history: list[dict[str, float]] = json.loads((work / HISTORY).read_text(encoding="utf-8"))
+        return history
 
 
 def write_job(
@@ -170,6 +164,31 @@ def write_failure(job: Path, error: Exception) -> None:
         json.dump(failure, file)
 
 
+@contextlib.contextmanager
+def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
+    """Hold a lock file while training; StoreError if another process holds it for `patience` seconds.
+
+    The lock goes with the process, so a kill leaves none behind. What a killed run started may outlive it for
+    a moment, hence the patience.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with lock.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StoreError(
+                        "another run is training this policy",
+                        where=str(lock.parent),
+                        remedy="wait until it has ended, then run again: what it has made is used",
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
 def die_with_parent(parent: int) -> None:
     """Have the system kill this process when its parent (process id) dies. Linux; elsewhere it does nothing.
 
@@ -201,6 +220,19 @@ def _lists(column: Any) -> Iterator[Any]:
         values = chunk.values.to_numpy(zero_copy_only=True)
         for start, end in pairwise(chunk.offsets.to_pylist()):
             yield values[start:end]
+
+
+def _torchrun(processes: int, job: Path) -> subprocess.Popen[bytes]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with (job / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", _BOOT, str(os.getpid()), *torchrun, "-m", "qrpo_core.train", str(job)],
+            env=_environment(processes),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process, which ends the others
+        )
 
 
 def _environment(processes: int) -> dict[str, str]:

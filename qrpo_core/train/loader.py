@@ -22,9 +22,15 @@ Place = tuple[int, int]
 
 
 class ChosenHalves(Sequence[Example]):
-    """The chosen side of every pair: what SFT trains on; the rejected never go through the model."""
+    """The chosen side of every pair: what SFT trains on; the rejected never go through the model.
+
+    Examples stay as they are. Raises DataError for a mixture of both.
+    """
 
     def __init__(self, items: Sequence[Item]) -> None:
+        kinds = sorted({type(items[place]).__name__ for place in range(len(items))})
+        if len(kinds) > 1:
+            raise DataError(f"items of types {' and '.join(kinds)}", remedy="give items of one kind")
         self._items = items
 
     def __len__(self) -> int:

@@ -7,6 +7,8 @@ of them comes back to `train_here`.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -21,11 +23,11 @@ from transformers.utils import logging as transformers_logging
 from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig, recipe_fields
 from qrpo_core.data.collator import Item, rows_of
 from qrpo_core.engines.numerics import native_bfloat16, pick_device
-from qrpo_core.errors import DataError, ModelError, ObjectiveError
+from qrpo_core.errors import ConfigError, DataError, ModelError, ObjectiveError
 from qrpo_core.ids import digest_bytes, digest_json
 from qrpo_core.policy import load_model, load_tokenizer
-from qrpo_core.train.checkpoints import Checkpoints, alone, from_first, newest
-from qrpo_core.train.launch import launch
+from qrpo_core.train.checkpoints import Checkpoints, from_first, newest
+from qrpo_core.train.launch import alone, launch
 from qrpo_core.train.lora import add_adapters, merge, save_adapters
 from qrpo_core.train.trainer import QRPOTrainer
 
@@ -62,10 +64,24 @@ def train_policy(
     """
     if not len(items):
         raise DataError("there is nothing to train on", remedy="see which rows were filtered, and why")
+    if training.deepspeed is not None:
+        _require_deepspeed(training.deepspeed)
     train = launch if training.processes > 1 or training.deepspeed is not None else train_here
-    return train(
-        items, directory, out, model=model, objective=objective, training=training, work=work, on_step=on_step
-    )
+    try:
+        return train(
+            items,
+            directory,
+            out,
+            model=model,
+            objective=objective,
+            training=training,
+            work=work,
+            on_step=on_step,
+        )
+    finally:
+        # A Trainer is in reference cycles, and its GPU memory is wanted by the engine that comes next.
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def train_here(
@@ -86,7 +102,7 @@ def train_here(
     # Before the model: DeepSpeed ZeRO-3 shards it while it is loaded.
     arguments = training_arguments(training, work)
     first = arguments.process_index == 0
-    with alone(work) if first else contextlib.nullcontext():
+    with alone(work / "lock") if first else contextlib.nullcontext():
         facts = {
             "training": _identity(items, model, objective, training),
             "layout": "deepspeed" if arguments.deepspeed else "fsdp" if arguments.fsdp else "whole",
@@ -159,6 +175,20 @@ def training_arguments(training: TrainingConfig, work: Path) -> TrainingArgument
     # The Trainer would spread one process over all GPUs by DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _require_deepspeed(path: str) -> None:
+    """Raise ConfigError before anything starts where DeepSpeed cannot be had."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "training.deepspeed needs the package deepspeed",
+            where="training.deepspeed",
+            remedy="pip install deepspeed",
+        )
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"no DeepSpeed config {path!r}", where="training.deepspeed", remedy="give the path of a JSON file"
+        )
 
 
 def _sharding(training: TrainingConfig) -> dict[str, Any]:

@@ -85,7 +85,10 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
         collator = Collator(pad_token_id)
         super().__init__(model=model, args=own, train_dataset=items, data_collator=collator, **kwargs)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ConfigError("tensor, context or sequence parallelism", remedy="use DDP, FSDP or DeepSpeed")
+            raise ConfigError(
+                "QRPOTrainer does not support tensor, context or sequence parallelism",
+                remedy="use DDP, FSDP or DeepSpeed",
+            )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ConfigError(
                 f"fsdp on {args.device.type}, where accelerate shards nothing and every process would hold "
@@ -93,13 +96,14 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
                 remedy="leave fsdp out",
             )
         processes, rows = self.accelerator.num_processes, args.per_device_train_batch_size
+        default = rows * args.gradient_accumulation_steps * processes
         self.plan = StepPlan(
             checked.widths,
-            batch_size or rows * args.gradient_accumulation_steps * processes,
+            default if batch_size is None else batch_size,
             seed=args.seed,
             processes=processes,
             max_tokens=max_tokens,
-            max_items=None if batch_size and max_tokens else rows,
+            max_items=rows if batch_size is None or max_tokens is None else None,
         )
         self.model_accepts_loss_kwargs = False  # the model's own loss is never asked for
         self._has_reference = checked.has_reference

@@ -66,6 +66,12 @@ def test_overrides_are_yaml_values_at_dotted_keys(file: Path) -> None:
         ),
         ("prompts", {"kind": "file", "path": "x", "held_out": 1.0}, "prompts.held_out = 1.0 is refused"),
         ("prompts", {"kind": "file", "path": "x", "chosen_field": "c"}, "come together"),
+        ("prompts", {"kind": "file", "path": "x", "completion_fields": ["a", "a"]}, "names a column twice"),
+        (
+            "prompts",
+            {"kind": "file", "path": "x", "completion_reward_field": "r"},
+            "needs prompts.completion",
+        ),
         ("training", {"lora_alpha": 8}, "training.lora_alpha is of no use without training.lora_rank"),
         ("training", {"deepspeed": "ds.json", "parallel": "fsdp"}, "exclude each other"),
         (

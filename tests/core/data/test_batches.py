@@ -60,6 +60,15 @@ def test_a_filler_only_where_there_is_nothing_left_to_split(
             assert all(batch.width == widths.min() for batch in share if batch.weight == 0)
 
 
+def test_the_process_that_needs_fewer_passes_splits_where_that_spares_most_padding() -> None:
+    """Dealt to and fro: 300, 90, 90, 10 take two passes of at most 600; 100, 100, 90, 20 would take one."""
+    widths = np.array([300, 100, 100, 90, 90, 90, 20, 10])
+    first, second = plan(widths, 2, 600, None)
+    assert [batch.items for batch in first] == [(0,), (3, 4, 7)]
+    assert [batch.items for batch in second] == [(1, 2, 5), (6,)]
+    assert all(batch.weight == 1 for batch in second)
+
+
 @given(WIDTHS, TOKENS, ITEMS)
 def test_neighbours_in_length_share_a_pass_and_no_cut_would_spare_more_than_a_pass_costs(
     widths: np.ndarray, tokens: int | None, items: int | None

@@ -158,7 +158,8 @@ class TestRefusals:
         model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=0.05, initializer_range=0.3))
         engine = TransformersEngine(save(model, tiny_model, tmp_path / "scaled"), "float32", 8)
         ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
-        logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
+        with torch.inference_mode():
+            logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
         plain = sum(float(logprobs[at - 1, ids[0, at]]) for at in (4, 5, 6))
         assert engine.logprobs([ScoreRequest((1, 2, 3, 4), (5, 6, 7))])[0] == pytest.approx(plain, rel=1e-4)
 

@@ -78,6 +78,7 @@ class Steps:
 
     write_questions = staticmethod(write_questions)
     changed = staticmethod(changed)
+    fill = staticmethod(fill)
     prepare = staticmethod(prepare)
     precompute: Callable[[Experiment], tuple[Chain, dict[str, int]]] = staticmethod(precompute)
 

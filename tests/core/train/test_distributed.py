@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -205,38 +206,35 @@ def alive(job: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_torchrun_ends_with_its_parent_and_goes_on_when_asked_again(
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_what_ends_the_launcher_ends_what_it_started(
+    make_job: Callable[..., Path], end: signal.Signals
+) -> None:
+    job = make_job(processes=2)
+    parent = subprocess.Popen([sys.executable, "-c", LAUNCH, str(job)], stderr=subprocess.DEVNULL)
+    while len(alive(job)) < 4:  # it, torchrun, and two that train
+        assert parent.poll() is None
+        time.sleep(0.01)
+    parent.send_signal(end)
+    assert parent.wait(20) == -end
+    deadline = time.monotonic() + 10
+    while (left := alive(job)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_numbers_of_one_process(
     make_job: Callable[..., Path], uninterrupted: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    job = make_job(processes=2)
-    parent = subprocess.Popen([sys.executable, "-c", LAUNCH, str(job)])
-    while not sealed(job):
-        assert parent.poll() is None
-        time.sleep(0.01)
-    family = alive(job)
-    parent.kill()
-    parent.wait()
-    assert len(family) == 4  # it, torchrun, and two that train
-    deadline = time.monotonic() + 5
-    while left := alive(job):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.01)
-
-    items, given = read_job(job)
-    seen: list[int] = []
-
-    def interrupt(step: int, steps: int, logged: dict[str, float]) -> None:
-        seen.append(step)
-        raise KeyboardInterrupt
-
-    if max(sealed(job)) < STEPS - 1:  # else the one step that is left may end before it is heard of
-        with pytest.raises(KeyboardInterrupt):
-            launch(items, **given, on_step=interrupt)
-        assert not alive(job)
-    history = launch(items, **given, on_step=lambda step, steps, logged: seen.append(step))
-    assert seen[-1] == STEPS
+    items, given = read_job(make_job(processes=2))
+    seen: list[tuple[int, int, float]] = []
+    history = launch(items, **given, on_step=lambda *step: seen.append((*step[:2], step[2]["loss"])))
     assert_close(kept(history), uninterrupted(1)[0])
+    assert seen == [(step, STEPS, entry["loss"]) for step, entry in enumerate(history, start=1)]
 
 
 if __name__ == "rank":  # one of two, see `start`

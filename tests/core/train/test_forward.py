@@ -124,6 +124,11 @@ def test_logits_scaled_in_an_unknown_way_are_refused() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_dropout_does_not_make_a_model_look_unknown(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attention_dropout=0.9)
+    check_head(model.train(), torch.tensor([[5, 6, 7, 8]]))
+
+
 def test_heads_that_are_not_plain_are_refused_by_name(tiny_model: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

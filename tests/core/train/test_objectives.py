@@ -136,6 +136,14 @@ def test_rebel(tmp_path: Path) -> None:
     assert gradient[:2] == pytest.approx([-0.5 * -2 * residual, 0.5 * -2 * residual])
 
 
+@pytest.mark.parametrize(("kind", "beta"), [("dpo", 0.3), ("simpo", 2.0), ("rebel", 2.0)])
+def test_the_rows_of_a_pair_are_neighbours(kind: Any, beta: float, tmp_path: Path) -> None:
+    """The loss of several pairs is the mean of their own."""
+    config, items = ObjectiveConfig(kind=kind, beta=beta), [PAIR, Pair(PAIR.rejected, PAIR.chosen), PAIR]
+    alone = [loss_and_gradient(config, [item], tmp_path)[0] for item in items]
+    assert loss_and_gradient(config, items, tmp_path)[0] == pytest.approx(sum(alone) / 3)
+
+
 @pytest.mark.parametrize("items", [[row(2, tokens=3), row(4)], [Pair(row(2, tokens=3), row(3)), PAIR]])
 def test_sft_trains_on_examples_or_on_the_chosen(items: list[Item], tmp_path: Path) -> None:
     loss, gradient, _ = loss_and_gradient(ObjectiveConfig(kind="sft"), items, tmp_path)
@@ -204,6 +212,8 @@ class TestRefused:
     def test_pairs_for_qrpo_and_a_mixture(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"not Pair \[item 1\]"):
             loss_and_gradient(ObjectiveConfig(), [row(2), PAIR], tmp_path)
+        with pytest.raises(DataError, match="items of types Example and Pair"):
+            loss_and_gradient(ObjectiveConfig(kind="sft"), [row(2), PAIR], tmp_path)
         with pytest.raises(DataError, match="a batch of Example and Pair"):
             Collator(0)([row(2), PAIR])
         with pytest.raises(DataError, match="a batch of nothing"):

@@ -19,8 +19,8 @@ from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
 from qrpo_core.data.collator import Example
 from qrpo_core.errors import StoreError
 from qrpo_core.train.__main__ import main
-from qrpo_core.train.checkpoints import KEPT, MARKER, alone, newest, seal, trouble
-from qrpo_core.train.launch import HISTORY, PROGRESS, SETTINGS, write_job
+from qrpo_core.train.checkpoints import KEPT, MARKER, newest, seal, trouble
+from qrpo_core.train.launch import HISTORY, PROGRESS, SETTINGS, alone, write_job
 
 #: What the clock and the machine decide.
 TIMED = {"tokens_per_second", "peak_memory_gb"}
@@ -34,7 +34,7 @@ Run = Callable[..., Path]
 def server() -> ForkServerContext:
     """Forks processes that have imported everything: real ones, without 5 s of imports for each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qrpo_core.train.run", "peft"])
+    context.set_forkserver_preload(["qrpo_core.train.run", "peft", "torch.distributed.checkpoint"])
     return context
 
 
@@ -227,11 +227,9 @@ def test_the_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_train_in_one_directory(tmp_path: Path) -> None:
-    with (
-        alone(tmp_path),
-        pytest.raises(StoreError, match="another run is training this policy"),
-        alone(tmp_path, patience=0),
-    ):
+    lock = tmp_path / "lock"
+    refused = pytest.raises(StoreError, match="another run is training this policy")
+    with alone(lock), refused, alone(lock, patience=0):
         pass
-    with alone(tmp_path, patience=0):
+    with alone(lock, patience=0):
         pass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,17 @@ def test_lora_that_cannot_be_had_is_refused(
         train(tiny_model, tmp_path, lora_rank=4)
 
 
+def test_deepspeed_that_cannot_be_had_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(ConfigError, match="needs the package deepspeed"):
+            train(tiny_model, tmp_path, deepspeed="zero3.json")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match=r"no DeepSpeed config 'zero3.json' \[training.deepspeed\]"):
+        train(tiny_model, tmp_path, deepspeed="zero3.json")
+
+
 def test_a_loss_that_is_no_number_ends_the_training(tiny_model: Path, tmp_path: Path) -> None:
     seen: list[int] = []
     with pytest.raises(
@@ -236,8 +249,6 @@ def test_what_a_process_meets_is_what_the_launcher_raises(
 
 def job(tiny_model: Path, tmp_path: Path) -> Path:
     """The job of `train`, on a copy of the model."""
-    import shutil
-
     shutil.copytree(tiny_model, tmp_path / "model")
     write_job(
         EXAMPLES,

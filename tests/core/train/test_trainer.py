@@ -153,7 +153,9 @@ class TestCuttingAStepChangesNothing:
 
     def test_the_token_budget_holds(self, tiny_model: Path, examples: list[Example], tmp_path: Path) -> None:
         trainer = make(examples, load(tiny_model), tmp_path, batch_size=11, max_tokens=30)
+        numbers = torch.get_rng_state()
         (batches,) = trainer.get_train_dataloader()
+        assert torch.equal(torch.get_rng_state(), numbers), "dropout does not depend on how data are read"
         assert all(batch["input_ids"].numel() <= 30 for batch in batches)
         assert sum(float(batch["weight"].sum()) for batch in batches) == 11
 
@@ -277,8 +279,9 @@ class TestRefused:
         arguments = TrainingArguments(str(tmp_path), use_cpu=True)
         with pytest.raises(ConfigError, match="does not support eval_dataset"):
             QRPOTrainer(load(tiny_model), arguments, examples, eval_dataset=examples)
-        with pytest.raises(ConfigError, match="max_tokens is 0"):
-            QRPOTrainer(load(tiny_model), arguments, examples, max_tokens=0)
+        for name in ("max_tokens", "batch_size"):
+            with pytest.raises(ConfigError, match=f"{name} is 0"):
+                QRPOTrainer(load(tiny_model), arguments, examples, **{name: 0})
 
     def test_a_sequence_beyond_the_model(self, tiny_model: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"sequence of 513 tokens exceeds the model's 512 \[item 0\]"):

@@ -1,0 +1,149 @@
+"""How the completions of one prompt stand in a round of training: ranks, targets, pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qrpo_core.config import Experiment
+from qrpo_core.errors import ObjectiveError
+from qrpo_core.objective.quantiles import quantile_interval
+from qrpo_core.records import PAIRS, RANK_COUNTS, REFERENCE_REWARDS
+from qrpo_core.steps.rounds import Round
+from qrpo_core.steps.tables import load
+from qrpo_core.steps.targets import TrainingData, derive
+
+#: Level of the exact interval of a quantile.
+LEVEL = 0.95
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Standing:
+    """What a round's artifacts say of one prompt; whatever is not there yet is missing here and in `notes`.
+
+    ranked : whether the quantiles are there. counts : RANK_COUNTS rows. targets : quantile, transformed,
+    beta, log_partition (nats), target (reward units), log_ratio_target (nats). ref_logprobs, token_ids : of
+    the training set. All by sample_index. references : sorted rewards that the completions are ranked among.
+    pairs : PAIRS rows. facts : what the targets were made with.
+    """
+
+    experiment: Experiment
+    ranked: bool = False
+    counts: dict[int, Row] = field(default_factory=dict)
+    references: list[float] = field(default_factory=list)
+    pairs: list[Row] = field(default_factory=list)
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    ref_logprobs: dict[int, float] = field(default_factory=dict)
+    targets: dict[int, Row] = field(default_factory=dict)
+    facts: Row = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def brief(self, index: int) -> Row:
+        """The columns of one completion in a table of all."""
+        count, target = self.counts.get(index, {}), self.targets.get(index, {})
+        names = ("quantile", "target", "log_ratio_target")
+        return {name: count.get(name) for name in ("below", "equal", "n")} | {
+            name: target.get(name) for name in names
+        }
+
+    def of_prompt(self) -> Row:
+        """What all completions of the prompt share."""
+        return {"reference_rewards": self.references, "objective": self.facts}
+
+    def of_completion(self, index: int) -> Row:
+        """Everything about one completion; None for what there is not."""
+        return {
+            "ranks": self._ranks(index),
+            "targets": self.targets.get(index),
+            "ref_logprob": self.ref_logprobs.get(index),
+            "pairs": [pair for pair in self.pairs if index in (pair["chosen"], pair["rejected"])],
+        }
+
+    def reasons(self, index: int, status: str | None) -> list[str]:
+        """Why a scored completion has no ranks or no target, where the artifacts are there."""
+        if not self.ranked or status is None:
+            return []
+        if index not in self.counts:
+            if status != "ok":
+                return [f"status {status}: in no quantile"]
+            if not self.counts:
+                return ["not ranked: its prompt has too few scored completions"]
+            return [f"not trained on: training_data.mode {self.experiment.training_data.mode!r}"]
+        if self.experiment.objective.kind != "qrpo":
+            return [f"objective {self.experiment.objective.kind!r} has no targets"]
+        if self.facts and index not in self.targets:
+            return [f"no target: too few references for transform {self.experiment.objective.transform!r}"]
+        return []
+
+    def _ranks(self, index: int) -> Row | None:
+        row = self.counts.get(index)
+        if row is None:
+            return None
+        ranks = {name: row[name] for name in ("below", "equal", "n", "in_pool")}
+        if not row["n"]:
+            return ranks | {"interval": None}
+        lower, upper = quantile_interval(row["below"], row["equal"], row["n"], LEVEL)
+        return ranks | {"interval": {"level": LEVEL, "lower": float(lower[0]), "upper": float(upper[0])}}
+
+
+def standing(round_: Round, prompt: str) -> Standing:
+    """How a prompt stands in a round; of artifacts that are not there yet a note says so."""
+    workspace = round_.workspace
+    found = Standing(workspace.experiment)
+    quantiles = workspace.artifacts.find(round_.quantiles)
+    if quantiles is None:
+        found.notes.append("not ranked yet")
+        return found
+    found.ranked = True
+    counts = _of(load(workspace, quantiles, "rank_counts.parquet", RANK_COUNTS), prompt)
+    found.counts = {row["sample_index"]: row for row in counts.to_pylist()}
+    found.pairs = _of(load(workspace, quantiles, "pairs.parquet", PAIRS), prompt).to_pylist()
+    references = _of(load(workspace, quantiles, "reference_rewards.parquet", REFERENCE_REWARDS), prompt)
+    found.references = next(iter(references["rewards"].to_pylist()), [])
+    training_set = workspace.artifacts.find(round_.training_set)
+    if training_set is None:
+        found.notes.append("no training set yet, so no targets")
+        return found
+    try:
+        data = derive(workspace, training_set)
+    except ObjectiveError as error:
+        found.notes.append(f"no targets: {error}")
+        return found
+    _add_targets(found, data, prompt)
+    return found
+
+
+def _add_targets(found: Standing, data: TrainingData, prompt: str) -> None:
+    table = data.table.append_column("at", pa.array(range(len(data.table)), pa.int64()))
+    rows = _of(table, prompt).select(["sample_index", "token_ids", "ref_logprob", "at"]).to_pylist()
+    found.token_ids = {row["sample_index"]: row["token_ids"] for row in rows}
+    found.ref_logprobs = {row["sample_index"]: row["ref_logprob"] for row in rows}
+    objective = data.objective
+    found.facts = {"kind": objective.kind, "beta": objective.beta}
+    targets = data.targets
+    if targets is None:
+        return
+    found.facts |= {
+        "transform": objective.transform,
+        "convention": targets.convention,
+        "normaliser": targets.normaliser,
+    }
+    for row in rows:
+        at = row["at"]
+        found.targets[row["sample_index"]] = {
+            "quantile": float(targets.quantile[at]),
+            "transformed": float(targets.transformed[at]),
+            "beta": float(targets.beta[at]),
+            "log_partition": float(targets.log_partition[at]),
+            "target": float(targets.target[at]),
+            "log_ratio_target": float(targets.log_ratio[at]),
+        }
+
+
+def _of(table: pa.Table, prompt: str) -> pa.Table:
+    return table.filter(pc.equal(table["prompt_id"], prompt))

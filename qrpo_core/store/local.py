@@ -1,0 +1,199 @@
+"""The store in a directory. What a call has written when it returns, a power cut does not take back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from qrpo_core.errors import AccessError, MissingError, StoreError
+from qrpo_core.store.interface import Entry, probe
+
+#: What a full disk looks like: no space, quota used up, file larger than allowed.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
+
+
+class LocalObjects:
+    """Objects as files below a directory, which is made at the first write.
+
+    Every object is written as a file of its own in ``tmp/``, synced, and then given its name in one step:
+    a rename (`write`) or an exclusive hard link (`create`). The folder is synced after that, too.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.url = str(self.root)
+
+    def read(self, key: str) -> bytes:
+        with self._translated(key):
+            return self._path(key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._translated(key):
+            self._replace(key, lambda file: _write(file, data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        with self._translated(key):
+            return self._link(key, lambda file: _write(file, data))
+
+    def create_file(self, source: Path, key: str) -> bool:
+        with _opened(source) as content, self._translated(key):
+            return self._link(key, lambda file: shutil.copyfileobj(content, file, 1 << 20))
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        with self._translated(prefix):
+            found = list(self._walk(self._path(prefix)))
+        yield from sorted(found, key=lambda entry: entry.key)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        return (entry.key for entry in self.entries(prefix))
+
+    def exists(self, key: str) -> bool:
+        with self._translated(key):
+            return self._path(key).is_file()
+
+    def delete(self, key: str) -> None:
+        with self._translated(key):
+            self._path(key).unlink(missing_ok=True)
+
+    def upload(self, source: Path, key: str) -> None:
+        with _opened(source) as content, self._translated(key):
+            self._replace(key, lambda file: shutil.copyfileobj(content, file, 1 << 20))
+
+    def download(self, key: str, target: Path) -> None:
+        with self._translated(key):
+            shutil.copyfile(self._path(key), target)
+
+    def local(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def check_conditional(self) -> None:
+        probe(self)
+
+    def _path(self, key: str) -> Path:
+        return self.root / key
+
+    def _replace(self, key: str, fill: Callable[[BinaryIO], None]) -> None:
+        with self._temporary(fill) as temporary:
+            path = self._prepared(key)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+
+    def _link(self, key: str, fill: Callable[[BinaryIO], None]) -> bool:
+        # A hard link is atomic and refuses an existing name, and the content is complete before it.
+        with self._temporary(fill) as temporary:
+            path = self._prepared(key)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                # A network file system may lose the answer to a link that it made, and ask again.
+                if temporary.stat().st_nlink < 2:
+                    return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise StoreError(
+                    f"this file system makes no hard links ({error.strerror}), and creating needs them",
+                    where=str(path),
+                    remedy="put the store on another file system",
+                ) from None
+            _sync_folder(path.parent)
+            return True
+
+    def _prepared(self, key: str) -> Path:
+        """The object's path, its folders made to last."""
+        path = self._path(key)
+        if not path.parent.is_dir():
+            made = [folder for folder in path.parents if not folder.is_dir()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in made:
+                _sync_folder(folder.parent)
+        return path
+
+    @contextmanager
+    def _temporary(self, fill: Callable[[BinaryIO], None]) -> Iterator[Path]:
+        """A complete, synced file on the same file system, gone afterwards unless it was moved."""
+        folder = self.root / "tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / secrets.token_hex(16)  # not mkstemp: its files are closed to other users
+        try:
+            with path.open("xb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _walk(self, folder: Path) -> Iterator[Entry]:
+        """The files below a folder; one that goes away meanwhile is not among them."""
+        try:
+            children = list(os.scandir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for child in children:
+            path = Path(child.path)
+            if child.is_dir():
+                yield from self._walk(path)
+                continue
+            try:
+                status = child.stat()
+            except FileNotFoundError:
+                continue
+            modified = datetime.fromtimestamp(status.st_mtime, UTC)
+            yield Entry(path.relative_to(self.root).as_posix(), status.st_size, modified)
+
+    @contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        where = f"{self.url}/{key}"
+        try:
+            yield
+        except FileNotFoundError:
+            raise MissingError("no such object", where=where) from None
+        except PermissionError as error:
+            raise AccessError(
+                f"not allowed: {error.strerror}", where=where, remedy="check the directory's owner"
+            ) from None
+        except OSError as error:
+            if error.errno in _FULL:
+                raise StoreError(
+                    f"the disk is full ({error.strerror})",
+                    where=where,
+                    remedy="make room and run again: what was committed is whole, and no part was left",
+                ) from error
+            if error.errno == errno.EROFS:
+                raise StoreError(
+                    "the file system is read-only", where=where, remedy="remount it or move the store"
+                ) from error
+            raise StoreError(f"{error.strerror or error}", where=where) from error
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
+def _opened(source: Path) -> BinaryIO:
+    """A file of the caller's, whose absence is not that of an object."""
+    try:
+        return source.open("rb")
+    except OSError as error:
+        raise StoreError(f"cannot read the file: {error.strerror}", where=str(source)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems do not sync folders
+            raise
+    finally:
+        os.close(handle)

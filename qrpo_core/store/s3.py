@@ -1,0 +1,300 @@
+"""The store in an S3 bucket. Credentials come from the environment or the AWS files.
+
+Every request goes through one `Caller`, which tries again what passes by itself; botocore's own retries are
+off, since they know neither how long we are willing to wait nor that a conditional put must not be mistaken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import botocore.session
+from botocore.config import Config
+
+from qrpo_core.config import StoreConfig
+from qrpo_core.errors import MissingError, StoreError
+from qrpo_core.store.interface import REMEDY, Entry, probe
+from qrpo_core.store.s3_errors import Caller, ExistsError, NoUploadError
+
+T = TypeVar("T")
+
+#: Objects up to twice this travel in one request; larger ones in parts of this size, a few at a time. Bytes.
+PART = 16 << 20
+_PARTS_AT_ONCE = 8
+_MOST_PARTS = 10_000  # S3's limit
+_CONNECTIONS = 32
+
+
+class S3Objects:
+    """Objects in an S3 bucket."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self.url = config.path.rstrip("/")
+        self.bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
+        self.prefix = f"{prefix}/" if prefix else ""
+        if not self.bucket:
+            raise StoreError(f"store.path {config.path!r} names no bucket", remedy="write s3://bucket/prefix")
+        self._config = config
+        self._caller = Caller(config.retry_seconds)
+        self._client, self._process = _client(config), os.getpid()
+        self._multipart_checked = False
+
+    @property
+    def client(self) -> Any:
+        """The botocore client, a new one in a forked process: its connections are not shared."""
+        if self._process != os.getpid():
+            self._client, self._process = _client(self._config), os.getpid()
+        return self._client
+
+    def read(self, key: str) -> bytes:
+        return self._call(key, lambda _: self._get(key))
+
+    def write(self, key: str, data: bytes) -> None:
+        self._call(key, lambda _: self.client.put_object(**self._at(key), Body=data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        attempts = 0
+
+        def put(attempt: int) -> None:
+            nonlocal attempts
+            attempts = attempt + 1
+            self.client.put_object(**self._at(key), Body=data, IfNoneMatch="*")
+
+        try:
+            self._call(key, put)
+        except ExistsError:
+            # The answer to an earlier attempt may have been lost: then what is there is ours.
+            return attempts > 1 and self.read(key) == data
+        return True
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        found: list[Entry] = []
+        folder = self.prefix + (f"{prefix.rstrip('/')}/" if prefix else "")
+        page: dict[str, Any] = {"Bucket": self.bucket, "Prefix": folder}
+        while True:
+            answer = self._call(prefix, partial(self._list, page))
+            for each in answer.get("Contents", ()):
+                if not each["Key"].endswith("/"):  # a marker that some tools make for a folder
+                    key = each["Key"].removeprefix(self.prefix)
+                    found.append(Entry(key, each["Size"], each["LastModified"]))
+            if not answer.get("IsTruncated"):
+                break
+            page = {**page, "ContinuationToken": answer["NextContinuationToken"]}
+        yield from sorted(found, key=lambda entry: entry.key)  # not every server's order is by whole key
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        return (entry.key for entry in self.entries(prefix))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self._head(key)
+        except MissingError:
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        self._call(key, lambda _: self.client.delete_object(**self._at(key)))
+
+    def upload(self, source: Path, key: str) -> None:
+        if _size(source) <= 2 * PART:
+            self.write(key, source.read_bytes())
+        else:
+            self._multipart(source, key, {})
+
+    def create_file(self, source: Path, key: str) -> bool:
+        if _size(source) <= 2 * PART:
+            return self.create(key, source.read_bytes())
+        self._check_multipart()
+        return self._multipart(source, key, {"IfNoneMatch": "*"})
+
+    def download(self, key: str, target: Path) -> None:
+        head = self._head(key)
+        size, same = head["ContentLength"], {"IfMatch": head["ETag"]}
+        with target.open("wb") as file:
+            file.truncate(size)
+
+            def fetch(start: int) -> None:
+                span = {} if size <= 2 * PART else {"Range": f"bytes={start}-{start + PART - 1}"}
+                data = self._call(key, lambda _: self._get(key, **span, **same))
+                os.pwrite(file.fileno(), data, start)
+
+            try:
+                _at_once(fetch, [0] if size <= 2 * PART else range(0, size, PART))
+            except ExistsError:
+                raise StoreError(
+                    "the object was replaced while it was read", where=f"{self.url}/{key}", remedy="run again"
+                ) from None
+
+    def local(self, key: str) -> Path | None:
+        return None
+
+    def check_conditional(self) -> None:
+        probe(self)
+
+    def _multipart(self, source: Path, key: str, condition: dict[str, str]) -> bool:
+        """Upload in parts. False: the condition found somebody else's object there."""
+        size = _size(source)
+        part = max(PART, -(-size // _MOST_PARTS))
+        started = self._call(key, lambda _: self.client.create_multipart_upload(**self._at(key)))
+        upload = {**self._at(key), "UploadId": started["UploadId"]}
+
+        def send(number: int) -> dict[str, Any]:
+            data = _span(source, (number - 1) * part, part)
+            answer = self._call(
+                key, lambda _: self.client.upload_part(**upload, PartNumber=number, Body=data)
+            )
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        try:
+            parts = {"Parts": _at_once(send, range(1, -(-size // part) + 1))}
+            return self._complete(source, key, {**upload, "MultipartUpload": parts, **condition})
+        except BaseException:
+            self._abort(upload)
+            raise
+
+    def _complete(self, source: Path, key: str, upload: dict[str, Any]) -> bool:
+        attempts = 0
+
+        def complete(attempt: int) -> None:
+            nonlocal attempts
+            attempts = attempt + 1
+            self.client.complete_multipart_upload(**upload)
+
+        try:
+            self._call(key, complete)
+        except ExistsError:
+            ours = attempts > 1 and self._same(source, key)
+            if not ours:
+                self._abort(upload)
+            return ours
+        except NoUploadError:
+            # It was completed by an attempt whose answer was lost, or it is gone indeed.
+            if attempts > 1 and self.exists(key):
+                if self._same(source, key):
+                    return True
+                if "IfNoneMatch" in upload:
+                    return False
+            raise
+        return True
+
+    def _abort(self, upload: dict[str, Any]) -> None:
+        """Give the parts' space back; if even that fails, the bucket's rule for old uploads has to."""
+        which = {name: upload[name] for name in ("Bucket", "Key", "UploadId")}
+        try:
+            self._call(upload["Key"], lambda _: self.client.abort_multipart_upload(**which))
+        except StoreError:
+            return
+
+    def _same(self, source: Path, key: str) -> bool:
+        """Whether the object has the file's content, compared part by part."""
+        size = _size(source)
+        if self._head(key)["ContentLength"] != size:
+            return False
+
+        def equal(start: int) -> bool:
+            span = f"bytes={start}-{start + PART - 1}"
+            return self._call(key, lambda _: self._get(key, Range=span)) == _span(source, start, PART)
+
+        return all(_at_once(equal, range(0, size, PART)))
+
+    def _check_multipart(self) -> None:
+        """Once: a server may honour the condition of a put and ignore that of a multipart upload."""
+        if self._multipart_checked:
+            return
+        key = f"probe/{os.urandom(16).hex()}"
+        self.write(key, b"first")
+        try:
+            started = self._call(key, lambda _: self.client.create_multipart_upload(**self._at(key)))
+            upload = {**self._at(key), "UploadId": started["UploadId"]}
+            answer = self._call(
+                key, lambda _: self.client.upload_part(**upload, PartNumber=1, Body=b"second")
+            )
+            parts = {"Parts": [{"PartNumber": 1, "ETag": answer["ETag"]}]}
+            try:
+                self._call(
+                    key,
+                    lambda _: self.client.complete_multipart_upload(
+                        **upload, MultipartUpload=parts, IfNoneMatch="*"
+                    ),
+                )
+            except ExistsError:
+                self._abort(upload)
+            else:
+                raise StoreError(
+                    "this back end ignores the condition of multipart uploads (If-None-Match: *)",
+                    where=f"{self.url}/{key}",
+                    remedy=REMEDY,
+                )
+        finally:
+            self.delete(key)
+        self._multipart_checked = True
+
+    def _list(self, page: dict[str, Any], _: int) -> Any:
+        return self.client.list_objects_v2(**page)
+
+    def _head(self, key: str) -> Any:
+        return self._call(key, lambda _: self.client.head_object(**self._at(key)))
+
+    def _get(self, key: str, **options: str) -> bytes:
+        with closing(self.client.get_object(**self._at(key), **options)["Body"]) as body:
+            data: bytes = body.read()  # checks the length that was announced
+            return data
+
+    def _call(self, key: str, call: Callable[[int], T]) -> T:
+        return self._caller(call, f"{self.url}/{key}", self.bucket)
+
+    def _at(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.prefix + key}
+
+
+def s3_options(config: StoreConfig) -> dict[str, Any]:
+    """Keyword arguments of s3fs for a store's settings; no credentials among them, and no listings cache."""
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if config.endpoint_url:
+        options["endpoint_url"] = config.endpoint_url
+    if config.region:
+        options["client_kwargs"] = {"region_name": config.region}
+    if config.path_style:
+        options["config_kwargs"] = {"s3": {"addressing_style": "path"}}
+    return options
+
+
+def _client(config: StoreConfig) -> Any:
+    # Long enough for a slow server, short enough that a call which is never answered is tried again in time.
+    patience = max(1.0, min(20.0, config.retry_seconds / 3 or 20.0))
+    return botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=config.endpoint_url,
+        region_name=config.region,
+        config=Config(
+            retries={"total_max_attempts": 1},
+            connect_timeout=patience,
+            read_timeout=patience,
+            max_pool_connections=_CONNECTIONS,
+            s3={"addressing_style": "path" if config.path_style else "auto"},
+        ),
+    )
+
+
+def _at_once(work: Callable[[int], T], places: Any) -> list[T]:
+    with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+        return list(pool.map(work, places))
+
+
+def _size(source: Path) -> int:
+    try:
+        return source.stat().st_size
+    except OSError as error:
+        raise StoreError(f"cannot read the file: {error.strerror}", where=str(source)) from error
+
+
+def _span(source: Path, start: int, count: int) -> bytes:
+    with source.open("rb") as file:
+        file.seek(start)
+        return file.read(count)

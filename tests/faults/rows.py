@@ -1,0 +1,45 @@
+"""Rows for tests of the store: small, and known in advance, so that every loss and every mix-up is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from qrpo_core.records import LOGPROBS
+from qrpo_core.store.blocks import BlockManifest, BlockPlan, Blocks, Wanted
+from qrpo_core.store.recipe import Recipe
+
+RECIPE = Recipe("logprob", 1, {"precision": "fp32"}, {"policy": "p"})
+
+
+def rows(pairs: Sequence[tuple[str, int]], value: float = 0.0) -> pa.Table:
+    """LOGPROBS rows: the log-prob of (key, index) is value - index."""
+    return pa.table(
+        {
+            "prompt_id": [key for key, _ in pairs],
+            "sample_index": pa.array([index for _, index in pairs], pa.int32()),
+            "logprob": [value - index for _, index in pairs],
+            "num_tokens": pa.array([1] * len(pairs), pa.int32()),
+        }
+    )
+
+
+def commit(blocks: Blocks, plan: BlockPlan, value: float = 0.0, **facts: Any) -> BlockManifest:
+    """Compute a plan's rows, in another order than planned, and commit them."""
+    table = rows(list(plan.pairs())[::-1], value)
+    return blocks.commit(plan, table, LOGPROBS, 0.1, **facts)
+
+
+def fill(blocks: Blocks, wanted: Wanted, rows_per_block: int = 4, **facts: Any) -> int:
+    """Compute and commit what is missing; returns the rows that were."""
+    plans = blocks.plan(RECIPE, wanted, rows_per_block)
+    for plan in plans:
+        commit(blocks, plan, **facts)
+    return sum(plan.rows for plan in plans)
+
+
+def read(blocks: Blocks, wanted: Wanted) -> pa.Table:
+    """The rows of `wanted`."""
+    return blocks.read(RECIPE, wanted, LOGPROBS)
