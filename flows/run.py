@@ -42,6 +42,7 @@ def _flow(name: str) -> Callable[[Experiment], Any]:
     from flows.align import align
     from flows.evaluate import evaluate
     from flows.precompute import precompute
+    from flows.top_up import top_up
     from flows.train import train
 
     flows: dict[str, Callable[[Experiment], Any]] = {
@@ -49,5 +50,6 @@ def _flow(name: str) -> Callable[[Experiment], Any]:
         "precompute": precompute,
         "train": train,
         "evaluate": evaluate,
+        "top_up": top_up,
     }
     return flows[name]

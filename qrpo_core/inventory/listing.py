@@ -39,7 +39,7 @@ class Line:
 class Listing:
     """A store from the view of one experiment.
 
-    others : recipes, objects and bytes that are not in `lines`. loose : objects and bytes of the other folders.
+    others : recipes, objects and bytes that are not in `lines`. loose : objects and bytes of other folders.
     """
 
     url: str

@@ -64,14 +64,10 @@ def set_aside_policies(workspace: Workspace) -> Iterator[Stored]:
     Until they are made again, this is where it stands which samples were drawn from them.
     """
     for each in workspace.blocks.aside():
-        if each.step not in ("model", "train"):
-            continue
-        try:
-            raw = json.loads(json.loads(workspace.objects.read(each.path))["content"])
-            files = raw["files"]
-            yield Stored(each.step, each.key, raw["recipe"], _policy_of_files(files))
-        except (MissingError, ValueError, KeyError, TypeError):
-            continue  # the damage was in the manifest itself, or it has just gone
+        if each.step in ("model", "train"):
+            manifest = json.loads(workspace.objects.read(each.path))["manifest"]
+            if isinstance(manifest, dict):  # text where the damage was in the manifest itself
+                yield Stored(each.step, each.key, manifest["recipe"], _policy_of_files(manifest["files"]))
 
 
 def policy_of(manifest: Manifest) -> str | None:

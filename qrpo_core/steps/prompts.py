@@ -46,11 +46,12 @@ class PromptTables:
 
 def stored(workspace: Workspace, manifest: Manifest) -> PromptTables:
     """The tables of a prompts artifact that the experiment uses."""
-    own = workspace.experiment.training_data.mode == "offline"
-    return PromptTables(
-        load(workspace, manifest, "prompts.parquet", PROMPTS),
-        load(workspace, manifest, "offline.parquet", OFFLINE) if own else None,
-    )
+    offline = load(workspace, manifest, "offline.parquet", OFFLINE) if _uses_offline(workspace) else None
+    return PromptTables(load(workspace, manifest, "prompts.parquet", PROMPTS), offline)
+
+
+def _uses_offline(workspace: Workspace) -> bool:
+    return workspace.experiment.training_data.mode == "offline"
 
 
 def find(workspace: Workspace, asked: Recipe) -> PromptTables:
@@ -59,7 +60,7 @@ def find(workspace: Workspace, asked: Recipe) -> PromptTables:
     if manifest is not None:
         return stored(workspace, manifest)
     source = read(workspace)
-    return PromptTables(source.prompts, source.offline)
+    return PromptTables(source.prompts, source.offline if _uses_offline(workspace) else None)
 
 
 def build(workspace: Workspace, asked: Recipe) -> Manifest:

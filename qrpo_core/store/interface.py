@@ -95,20 +95,17 @@ def probe(objects: Objects) -> None:
     key = f"probe/{secrets.token_hex(16)}"
     where = f"{objects.url}/{key}"
     try:
-        first = _created(objects, key)
-        second = objects.create(key, b"second")
-        kept = objects.read(key)
+        if not _created(objects, key):
+            raise StoreError("a conditional put of a new object was refused", where=where, remedy=REMEDY)
+        if objects.create(key, b"second") or objects.read(key) != b"first":
+            raise StoreError(
+                "this back end ignores conditional puts (If-None-Match: *): two writers would both win",
+                where=where,
+                remedy=REMEDY,
+            )
     finally:
-        with suppress(StoreError):  # not what was asked; what stays is young garbage below probe/
+        with suppress(StoreError):  # what stays is garbage below probe/
             objects.delete(key)
-    if not first:
-        raise StoreError("a conditional put of a new object was refused", where=where, remedy=REMEDY)
-    if second or kept != b"first":
-        raise StoreError(
-            "this back end ignores conditional puts (If-None-Match: *): writers would overwrite each other",
-            where=where,
-            remedy=REMEDY,
-        )
 
 
 def _created(objects: Objects, key: str) -> bool:

@@ -82,14 +82,16 @@ class LocalObjects:
 
     def _replace(self, key: str, fill: Callable[[BinaryIO], None]) -> None:
         with self._temporary(fill) as temporary:
-            path = self._prepared(key)
+            path = self._path(key)
+            _make_folder(path.parent)
             os.replace(temporary, path)
             _sync_folder(path.parent)
 
     def _link(self, key: str, fill: Callable[[BinaryIO], None]) -> bool:
         # A hard link is atomic and refuses an existing name, and the content is complete before it.
         with self._temporary(fill) as temporary:
-            path = self._prepared(key)
+            path = self._path(key)
+            _make_folder(path.parent)
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -107,21 +109,11 @@ class LocalObjects:
             _sync_folder(path.parent)
             return True
 
-    def _prepared(self, key: str) -> Path:
-        """The object's path, its folders made to last."""
-        path = self._path(key)
-        if not path.parent.is_dir():
-            made = [folder for folder in path.parents if not folder.is_dir()]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for folder in made:
-                _sync_folder(folder.parent)
-        return path
-
     @contextmanager
     def _temporary(self, fill: Callable[[BinaryIO], None]) -> Iterator[Path]:
         """A complete, synced file on the same file system, gone afterwards unless it was moved."""
         folder = self.root / "tmp"
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         path = folder / secrets.token_hex(16)  # not mkstemp: its files are closed to other users
         try:
             with path.open("xb") as file:
@@ -185,6 +177,16 @@ def _opened(source: Path) -> BinaryIO:
         return source.open("rb")
     except OSError as error:
         raise StoreError(f"cannot read the file: {error.strerror}", where=str(source)) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, to last."""
+    if folder.is_dir():
+        return
+    made = [folder, *(each for each in folder.parents if not each.is_dir())]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in made:
+        _sync_folder(each.parent)
 
 
 def _sync_folder(folder: Path) -> None:

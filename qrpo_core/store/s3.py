@@ -35,8 +35,8 @@ class S3Objects:
     """Objects in an S3 bucket."""
 
     def __init__(self, config: StoreConfig) -> None:
-        self.url = config.path.rstrip("/")
-        self.bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
+        self.bucket, _, prefix = config.path.removeprefix("s3://").strip("/").partition("/")
+        self.url = f"s3://{self.bucket}/{prefix}".rstrip("/")
         self.prefix = f"{prefix}/" if prefix else ""
         if not self.bucket:
             raise StoreError(f"store.path {config.path!r} names no bucket", remedy="write s3://bucket/prefix")

@@ -19,3 +19,11 @@ def store(request: pytest.FixtureRequest) -> StoreConfig:
 def objects(store: StoreConfig) -> Objects:
     """The store's back end."""
     return open_objects(store)
+
+
+@pytest.fixture
+def aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials in the environment, for servers that check none."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

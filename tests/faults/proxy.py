@@ -7,9 +7,9 @@
         ...
         assert proxy.injected["slow_down"] == 3
 
-It runs in threads of this process, on loopback, and forwards whole requests with their own Host header, so that
-signatures stay right. Each request meets at most one fault: the first injected one that matches it and is not
-used up. Kinds:
+It runs in threads of this process, on loopback, and forwards whole requests with their own Host header, so
+that signatures stay right. Each request meets at most one fault: the first one injected that matches it and
+is not used up. Kinds:
 
 ``slow_down``    503 SlowDown; the server does not see the request
 ``forbidden``    403 AccessDenied; the server does not see the request
@@ -177,22 +177,32 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         if fault and kind == "cut_request":
             self.rfile.read(min(fault.after, length))
-            return self._reset()
+            self._reset()
+            return
         body = self.rfile.read(length)
         if kind == "silence":
-            return self._wait()
-        if kind in _ANSWERS:
-            return self._answer(_refusal(*_ANSWERS[kind]))
-        answer = self._forward(body)
-        proxy.remember(self.command, self.path, answer)
-        if kind == "lost_answer":
-            return self._reset()
-        if fault and kind == "old_listing":
-            answer = proxy.old(self.path, fault.seconds, answer)
-        if fault and kind in ("cut_answer", "short_answer"):
+            self._wait()
+        elif kind in _ANSWERS:
+            self._answer(_refusal(*_ANSWERS[kind]))
+        else:
+            answer = self._forward(body)
+            proxy.remember(self.command, self.path, answer)
+            self._pass_on(answer, fault)
+
+    def _pass_on(self, answer: _Answer, fault: Fault | None) -> None:
+        """Give the client the server's answer, or what the fault makes of it."""
+        if fault is None:
+            self._answer(answer)
+        elif fault.kind == "old_listing":
+            self._answer(self.server.proxy.old(self.path, fault.seconds, answer))
+        elif fault.kind == "lost_answer":
+            self._reset()
+        else:
             self._answer(answer, fault.after)
-            return self._reset() if kind == "cut_answer" else self._close()
-        self._answer(answer)
+            if fault.kind == "cut_answer":
+                self._reset()
+            else:
+                self._close()
 
     def _forward(self, body: bytes) -> _Answer:
         for attempt in (1, 2):  # a kept connection may have been closed by the server meanwhile

@@ -232,6 +232,15 @@ def test_offline_without_completions_is_refused(steps: Any, paired: dict[str, An
         check(Workspace(steps.changed(paired)))
 
 
+def test_what_can_be_run_passes_the_check(
+    steps: Any, settings: dict[str, Any], paired: dict[str, Any]
+) -> None:
+    for each in (settings, paired):  # from the source, then from the store
+        check(Workspace(steps.changed(each)))
+        steps.precompute(steps.changed(each))
+        check(Workspace(steps.changed(each)))
+
+
 def test_rounds_draw_from_the_trained_policy_and_rank_among_the_first_references(
     steps: Any, settings: dict[str, Any]
 ) -> None:

@@ -1,0 +1,216 @@
+"""A store that things happen to: runs on it as processes, their journal, and the books closed at the end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from qrpo_core.config import Experiment, StoreConfig
+from qrpo_core.experiments import parse_experiment
+from qrpo_core.records import TRAINING_SET
+from qrpo_core.steps.chain import stored_chain
+from qrpo_core.steps.tables import load
+from qrpo_core.steps.workspace import Workspace
+from qrpo_core.store.objects import Objects, open_objects
+from tests.faults import driver
+from tests.faults.accounts import Journal, Outcome, Row, account, blocks_in, contents, rows_of, same
+from tests.faults.driver import DONE, Job
+
+#: The longest that a run may take, seconds; a run that hangs fails its test.
+PATIENCE = 60.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(driver.PRELOAD)
+
+
+def settings(folder: Path, model: Path, prompts: int = 20) -> dict[str, Any]:
+    """A small experiment whose samples come from the fake engine and log-probs from a real one. No store."""
+    questions = folder / "questions.jsonl"
+    lines = [json.dumps({"prompt": f"Say {n}", "answer": n}) + "\n" for n in range(prompts)]
+    questions.write_text("".join(lines))
+    return {
+        "model": {"path": str(model), "dtype": "float32"},
+        "prompts": {
+            "kind": "file",
+            "path": str(questions),
+            "reference_field": "answer",
+            "held_out": 0.3,
+        },
+        "sampling": {"engine": "fake", "references_per_prompt": 4, "max_new_tokens": 12},
+        "reward": {"kind": "length", "max_words": 1},
+        "training": {"precision": "fp32", "batch_size": 4},
+    }
+
+
+@dataclass
+class Run:
+    """A run that was started."""
+
+    job: Job
+    process: ForkServerProcess
+    started: float
+
+    def wait(self) -> int:
+        """Its exit status; that of a killed one is minus the signal."""
+        self.process.join(max(0.0, self.started + PATIENCE - time.monotonic()))
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"run {self.job.run} hung at {self.place}: {self.printed}")
+        return self.process.exitcode
+
+    def reaches(self, point: str, times: int = 1) -> None:
+        """Return when it has passed a point so often, as seen from here, or has ended."""
+        seen = ""
+        while self.process.exitcode is None and times > 0:
+            place = self.job.state.read_text() if self.job.state.exists() else ""
+            times -= place != seen and f",{point}," in place
+            seen = place
+            time.sleep(0.0005)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The stage and the point that it passed last."""
+        text = self.job.state.read_text() if self.job.state.exists() else ",,"
+        stage, point, _ = text.split(",")
+        return stage, point
+
+    @property
+    def printed(self) -> str:
+        return self.job.printed.read_text()
+
+
+class Truth:
+    """What undisturbed runs leave behind; made once for each number of references."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self._scenes: dict[int, Scene] = {}
+
+    def scene(self, references: int) -> Scene:
+        if references not in self._scenes:
+            folder = self.folder / f"undisturbed-{references}"
+            scene = Scene(
+                folder, self.settings, StoreConfig(path=str(folder / "store"), rows_per_block=5), self
+            )
+            assert scene.run(references=references) == DONE, scene.runs[-1].printed
+            assert account(scene.journal).twice == 0
+            self._scenes[references] = scene
+        return self._scenes[references]
+
+    def rows(self, references: int) -> dict[Row, dict[str, Any]]:
+        return dict(contents(self.scene(references).objects))
+
+    def training_set(self, references: int) -> list[dict[str, Any]]:
+        return self.scene(references).training_set(references)
+
+
+class Scene:
+    """One store and the runs on it.
+
+    folder : of journal and run output. endpoint : where the runs find the server, if not where we do.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], store: StoreConfig, truth: Truth, endpoint: str = ""
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.settings, self.store, self.truth = folder, settings, store, truth
+        self.endpoint = endpoint
+        self.objects: Objects = open_objects(store)
+        self.journal = Journal(folder / "journal.jsonl")
+        self.runs: list[Run] = []
+
+    @cached_property
+    def back_end(self) -> str:
+        return "S3" if self.store.path.startswith("s3://") else "directory"
+
+    def experiment(self, references: int = 4, **store: Any) -> dict[str, Any]:
+        sampling = {**self.settings["sampling"], "references_per_prompt": references}
+        place = self.store.model_dump(mode="json") | store
+        return {**self.settings, "sampling": sampling, "store": place}
+
+    def start(self, references: int = 4, *, retry_seconds: float = 20.0, **job: Any) -> Run:
+        """Start a run. job : fields of `Job`."""
+        through = {"endpoint_url": self.endpoint} if self.endpoint else {}
+        experiment = self.experiment(references, retry_seconds=retry_seconds, **through)
+        environment = {
+            name: value for name, value in os.environ.items() if name.startswith(("AWS_", "QRPO_"))
+        }
+        number = len(self.runs) + 1
+        asked = Job(experiment, self.folder, number, environment, **{"seed": number, **job})
+        process = _context.Process(target=driver.main, args=(asked,), daemon=True)
+        process.start()
+        self.runs.append(Run(asked, process, time.monotonic()))
+        return self.runs[-1]
+
+    def run(self, references: int = 4, **job: Any) -> int:
+        """A run from start to end: its exit status."""
+        status = self.start(references, **job).wait()
+        self.look()
+        return status
+
+    def look(self) -> None:
+        """Write down which rows are in the store now, while nobody writes."""
+        for step, _, manifest in blocks_in(self.objects):
+            self.journal.note("found", step=step, rows=rows_of(manifest))
+
+    def destroy(self, step: str, manifest: Mapping[str, Any]) -> None:
+        """Write down that we took a block's rows out of the store."""
+        self.journal.note("destroyed", step=step, rows=rows_of(dict(manifest)))
+
+    def training_set(self, references: int) -> list[dict[str, Any]]:
+        workspace = Workspace(self._parsed(references))
+        made = workspace.artifacts.get(stored_chain(workspace).first.training_set)
+        table = load(workspace, made, "training_set.parquet", TRAINING_SET)
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+
+    def close(self, fault: str, injected: int, references: int = 4, detail: str = "") -> Outcome:
+        """Run until everything is there, and compare it with an undisturbed run."""
+        for attempt in range(3):
+            if self.run(references) == DONE:
+                break
+            assert attempt < 2, self.runs[-1].printed
+        return self.outcome(fault, injected, references, detail)
+
+    def outcome(self, fault: str, injected: int, references: int, detail: str = "") -> Outcome:
+        """The books as they stand."""
+        books, truth = account(self.journal), self.truth.rows(references)
+        present = list(contents(self.objects))
+        wrong = sum(row not in truth or not same(row[0], value, truth[row]) for row, value in present)
+        there = {row for row, _ in present}
+        lost = len(books.committed - there)
+        assert truth.keys() <= there, f"{len(truth.keys() - there)} rows are not there though the run is done"
+        mine, right = self.training_set(references), self.truth.training_set(references)
+        pairs = zip(mine, right, strict=True)
+        wrong += sum(not same("training_set", one, other) for one, other in pairs)
+        return Outcome(
+            fault,
+            self.back_end,
+            injected,
+            books.bought,
+            lost,
+            books.twice,
+            books.in_flight,
+            books.destroyed,
+            wrong,
+            detail,
+        )
+
+    def _parsed(self, references: int) -> Experiment:
+        return parse_experiment(self.experiment(references))
+
+
+def counted(places: Counter[str]) -> str:
+    """ "sampling 7, commit 3", most first."""
+    return ", ".join(f"{place} {times}" for place, times in places.most_common())
