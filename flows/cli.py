@@ -1,4 +1,4 @@
-"""`qrpo`: run, plan, show, report, config; explain; ls, verify, gc, compact.
+"""`qrpo`: run, plan, show, report, config; explain, budget; ls, verify, gc, compact.
 
 Exit status: 0 done; 1 something broke, or `verify` found damage; 2 bad input (one line says what, where and
 the remedy; nothing was written); 130 interrupted (what was committed stays).
@@ -16,7 +16,7 @@ from pathlib import Path
 from flows import commands
 from qrpo_core.errors import QRPOError
 
-FLOWS = ("align", "precompute", "train", "evaluate")
+FLOWS = ("align", "precompute", "train", "evaluate", "top_up")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,8 +66,23 @@ def _parser() -> argparse.ArgumentParser:
         "prompt", metavar="PROMPT[:INDEX]", help="prompt_id or its beginning; sample_index of a completion"
     )
     explain.add_argument("--json", action="store_true", help="the same as JSON")
+    _add_budget(added)
     _add_upkeep(added)
     return parser
+
+
+def _add_budget(added: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    budget = _command(
+        added, "budget", commands.budget, "what further references would buy, and for which prompts"
+    )
+    aim = budget.add_mutually_exclusive_group()
+    aim.add_argument("--add", type=int, metavar="N", help="share out N further references")
+    aim.add_argument(
+        "--precision", type=float, metavar="SE", help="give every quantile at most this standard error"
+    )
+    aim.add_argument("--clear", action="store_true", help="forget the budget; what it has bought stays")
+    budget.add_argument("--most", type=int, metavar="N", help="references of one prompt, in all, at most")
+    budget.add_argument("--apply", action="store_true", help="the next run follows it")
 
 
 def _add_upkeep(added: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

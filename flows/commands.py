@@ -74,6 +74,27 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def budget(options: argparse.Namespace) -> int:
+    from qrpo_core.budget import propose
+    from qrpo_core.steps import budgets
+    from qrpo_core.steps.chain import budget_recipes
+
+    workspace = _workspace(options)
+    recipes = budget_recipes(workspace)
+    if options.clear:
+        budgets.clear(workspace.objects, *recipes)
+        print("No budget: every prompt has sampling.references_per_prompt. Rows that are there stay.")
+        return 0
+    found = propose(workspace, add=options.add, precision=options.precision, most=options.most)
+    _print(found.lines)
+    if options.apply:
+        budgets.write(workspace.objects, *recipes, found.references)
+        print(f"Applied: the next run draws {found.rows:,} further references (qrpo plan shows them).")
+    elif found.rows:
+        print("Not applied; with --apply the next run follows it.")
+    return 0
+
+
 def config(options: argparse.Namespace) -> int:
     if options.schema:
         print(json.dumps(Experiment.model_json_schema(), indent=2))
@@ -134,8 +155,9 @@ def gc(options: argparse.Namespace) -> int:
     found = garbage(workspaces, datetime.now(UTC) - timedelta(days=days))
     _print(garbage_lines(found, objects.url, days=days))
     if options.apply and found:
-        left = delete(objects, found)
-        _print(left_lines(found, left))
+        _print(left_lines(found, delete(objects, found)))
+    elif found:
+        print("Nothing was deleted; --apply does.")
     return 0
 
 

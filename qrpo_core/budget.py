@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qrpo_core.errors import ConfigError
 from qrpo_core.objective.planner import (
     marginal_gain,
     objective_facts,
@@ -48,6 +49,9 @@ def propose(
     add : further references, shared out to where targets are least certain and near the threshold.
     precision : standard error that every quantile shall have. most : references a prompt, in all.
     """
+    for name, value in (("--add", add), ("--most", most)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} {value} is refused", remedy="give a number of references, 1 or more")
     samples, rewards = reference_steps(workspace)
     scored = Scored.of(rewards.read())
     have = {prompt: len(rows) for prompt, rows in samples.wanted.items()}

@@ -119,7 +119,7 @@ def _budget(chain: Chain, prompt: str) -> Row | None:
         return None
     asked = step.wanted[prompt]
     blocks = step.workspace.blocks.committed(step.recipe)
-    runs = [run for block in blocks for run in block.runs if run.key == prompt]
+    runs = [run for block in blocks if prompt in block.runs.keys for run in block.runs if run.key == prompt]
     drawn = {index for run in runs for index in range(run.first, run.first + run.count)}
     return {
         "references": len(asked),

@@ -100,7 +100,8 @@ def blocks_of(blocks: Blocks, recipe: Recipe, key: str, index: int, what: str) -
     return [
         about | {name: getattr(block, name) for name in names}
         for block in blocks.committed(recipe)
-        if any(run.key == key and run.first <= index < run.first + run.count for run in block.runs)
+        if key in block.runs.keys
+        and any(run.key == key and run.first <= index < run.first + run.count for run in block.runs)
     ]
 
 

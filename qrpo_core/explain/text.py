@@ -12,11 +12,13 @@ Row = dict[str, Any]
 
 #: Characters of a completion in a table of many.
 _SNIPPET = 48
+#: Characters of a reference; a generated task's holds the whole task.
+_REFERENCE = 160
 
 _NAMES = {
     "sample_index": "index",
     "num_tokens": "tokens",
-    "finish_reason": "end",
+    "finish_reason": "ended by",
     "log_ratio_target": "log-ratio target",
 }
 
@@ -35,7 +37,7 @@ def _prompt(row: Row) -> Iterator[str]:
     for turn in row["messages"]:
         yield f"  {turn['role']}: {one_line(turn['content'])}"
     if row["reference"] is not None:
-        yield f"Reference: {row['reference']}"
+        yield f"Reference: {one_line(row['reference'], _REFERENCE)}"
 
 
 def _budget(budget: Row | None) -> Iterator[str]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from qrpo_core.errors import DamagedError
+from qrpo_core.inventory.holdings import holdings
 from qrpo_core.inventory.text import size
 from qrpo_core.inventory.uses import stored_recipes, uses
-from qrpo_core.show import table
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.blocks import BlockManifest, Check
@@ -20,6 +20,8 @@ Progress = Callable[[int, int], None]
 
 #: Prompts of a damaged block that are spelled out.
 _RUNS_SHOWN = 3
+
+_RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,16 @@ def _checks(workspace: Workspace, scope: frozenset[str] | None) -> Iterator[Chec
         for manifest in workspace.artifacts.manifests():
             if scope is None or manifest.key in scope:
                 yield from workspace.artifacts.verify(manifest)
-    for recipe in workspace.blocks.all_recipes():
+    recipes = workspace.blocks.all_recipes()
+    for recipe in recipes:
         if scope is None or recipe.key in scope:
             yield from workspace.blocks.verify(recipe)
+    named = {recipe.key for recipe in recipes}
+    for held in holdings(workspace.objects, "blocks"):
+        if held.manifests and held.key not in named and (scope is None or held.key in scope):
+            yield Check(
+                f"{held.path}/{_RECIPE}", 0, 0, f"gone, so {len(held.manifests)} blocks have no name", None
+            )
 
 
 def _set_aside(workspace: Workspace, damaged: Sequence[Check]) -> Iterator[str]:
@@ -91,6 +100,8 @@ def _set_aside(workspace: Workspace, damaged: Sequence[Check]) -> Iterator[str]:
             if manifest.key not in done:
                 done.add(manifest.key)
                 yield workspace.artifacts.set_aside(manifest, check.damage)
+        elif check.key.endswith(f"/{_RECIPE}"):
+            continue  # the recipe's next block writes it again
         elif check.key.startswith("blocks/"):
             yield workspace.blocks.set_aside(check.key, check.damage)
         else:
@@ -104,19 +115,22 @@ def verified_lines(found: Verified, url: str) -> list[str]:
     lines = [f"Store: {url}", ""]
     if not found.damaged:
         return [*lines, f"{looked} Everything is whole."]
-    rows = [("damaged", "rows", "which", "why")]
-    rows += [(each.key, f"{each.rows:,}", _rows(each), each.damage) for each in found.damaged]
-    lines += [*table(rows), "", f"{looked} {len(found.damaged)} damaged."]
+    for each in found.damaged:
+        lines += [f"Damaged: {each.key}", f"  {each.damage}{_rows(each)}"]
+    lines += ["", f"{looked} {len(found.damaged)} damaged."]
     if found.aside:
-        return [*lines, f"Set aside {len(found.aside)} manifests: the next run makes only these again."]
+        return [*lines, f"Set aside: {len(found.aside)}. The next run makes only these again."]
     return [*lines, "--repair sets them aside, so that the next run makes only these again."]
 
 
 def _rows(check: Check) -> str:
-    """The first rows of a damaged block."""
+    """How many rows are lost with a damaged block, and the first of them."""
     if not isinstance(check.manifest, BlockManifest):
         return ""
     runs = check.manifest.runs
-    shown = [f"{run.key}:{run.first}-{run.first + run.count - 1}" for run in islice(runs, _RUNS_SHOWN)]
-    more = len(runs) - len(shown)
-    return ", ".join(shown) + (f" and {more} prompts more" if more else "")
+    shown = [
+        f"{run.key.partition('.')[0]}:{run.first}-{run.first + run.count - 1}"
+        for run in islice(runs, _RUNS_SHOWN)
+    ]
+    more = f" and more of {len(runs) - len(shown)} others" if len(runs) > len(shown) else ""
+    return f"; {check.rows:,} rows: {', '.join(shown)}{more}"

@@ -7,7 +7,7 @@ kept, only objects that no manifest names are garbage, once they are old.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -59,9 +59,12 @@ def garbage(workspaces: Sequence[Workspace], before: datetime) -> list[Garbage]:
     found = contents(workspace.objects)
     stored = stored_recipes(workspace)
     kept: set[str] = set()
+    aside = list(set_aside_policies(workspace))
     for each in workspaces:
         _check_reference(each, stored)
-        kept |= uses(each, [*stored, *set_aside_policies(each)]).kept
+        used = uses(each, [*stored, *aside])
+        _check_trained(each, used.kept, stored, aside)
+        kept |= used.kept
     young = {each.key for each in found.holdings if each.modified >= before}
     kept |= needed(young, stored)
     return list(_garbage(workspace, found, {each.key: each for each in stored}, kept, before))
@@ -77,6 +80,21 @@ def _check_reference(workspace: Workspace, stored: Iterable[Stored]) -> None:
             where=workspace.objects.url,
             remedy="run precompute first",
         )
+
+
+def _check_trained(
+    workspace: Workspace, kept: Set[str], stored: Iterable[Stored], aside: Iterable[Stored]
+) -> None:
+    """The same where a trained policy was set aside with its name unreadable, and is not made again yet."""
+    made = {each.key for each in stored}
+    for each in aside:
+        if each.policy is None and each.key in kept and each.key not in made:
+            raise MissingError(
+                f"{each.step} {each.key} of {workspace.experiment.name!r} was set aside unreadable, so what "
+                "was drawn from it cannot be told",
+                where=workspace.objects.url,
+                remedy="run the experiment first",
+            )
 
 
 def _garbage(
@@ -155,7 +173,7 @@ def garbage_lines(found: Sequence[Garbage], url: str, *, days: float) -> list[st
         rows.append(
             (each.what, f"{len(each.entries):,}", size(each.bytes), f"{last:%Y-%m-%d %H:%M}", each.why)
         )
-    return [*lines, *table(rows), "", f"To delete: {_total(found)}. Only --apply deletes."]
+    return [*lines, *table(rows), "", f"To delete: {_total(found)}."]
 
 
 def left_lines(found: Sequence[Garbage], left: Sequence[Garbage]) -> list[str]:

@@ -61,13 +61,17 @@ def stored_recipes(workspace: Workspace) -> list[Stored]:
 def set_aside_policies(workspace: Workspace) -> Iterator[Stored]:
     """Models and trained policies that were set aside as damaged.
 
-    Until they are made again, this is where it stands which samples were drawn from them.
+    Until they are made again, this is where it stands which samples were drawn from them. Where the damage
+    was in the manifest itself, `policy` is None: nobody knows then.
     """
     for each in workspace.blocks.aside():
-        if each.step in ("model", "train"):
-            manifest = json.loads(workspace.objects.read(each.path))["manifest"]
-            if isinstance(manifest, dict):  # text where the damage was in the manifest itself
-                yield Stored(each.step, each.key, manifest["recipe"], _policy_of_files(manifest["files"]))
+        if each.step not in ("model", "train"):
+            continue
+        manifest = json.loads(workspace.objects.read(each.path))["manifest"]
+        try:
+            yield Stored(each.step, each.key, manifest["recipe"], _policy_of_files(manifest["files"]))
+        except (TypeError, KeyError, AttributeError):
+            yield Stored(each.step, each.key, Recipe(each.step, version=0).to_dict())
 
 
 def policy_of(manifest: Manifest) -> str | None:

@@ -10,7 +10,14 @@ import pyarrow as pa
 
 from qrpo_core.errors import ConfigError, MissingError
 from qrpo_core.steps import evaluation, policies, prompts
-from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep, SampleStep
+from qrpo_core.steps.blocks import (
+    BlockStep,
+    LogprobStep,
+    RewardStep,
+    SampleStep,
+    reward_recipe,
+    sample_recipe,
+)
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.prompts import PromptTables
 from qrpo_core.steps.rounds import Round, first_round, next_round
@@ -143,15 +150,25 @@ def chain(workspace: Workspace, reference: Policy, asked: Recipe, found: PromptT
 
 def stored_chain(workspace: Workspace) -> Chain:
     """The chain of what the store has; MissingError if the model or the prompts are not there yet."""
-    source = policies.source_of(workspace)
-    reference = policies.reference(workspace, source)
+    reference = _stored_reference(workspace)
+    asked = prompts.recipe(workspace)
+    manifest = workspace.artifacts.get(asked)
+    return chain(workspace, reference, asked, prompts.stored(workspace, manifest))
+
+
+def _stored_reference(workspace: Workspace) -> Policy:
+    reference = policies.reference(workspace, policies.source_of(workspace))
     if reference is None:
         raise MissingError(
             "the model is not converted yet", where=workspace.objects.url, remedy="run precompute first"
         )
-    asked = prompts.recipe(workspace)
-    manifest = workspace.artifacts.get(asked)
-    return chain(workspace, reference, asked, prompts.stored(workspace, manifest))
+    return reference
+
+
+def budget_recipes(workspace: Workspace) -> tuple[Recipe, Recipe]:
+    """The recipes of references and of their rewards, by which a budget is named; it is not read for that."""
+    samples = sample_recipe(workspace, _stored_reference(workspace).digest)
+    return samples, reward_recipe(workspace, samples)
 
 
 def reference_steps(workspace: Workspace) -> tuple[SampleStep, RewardStep]:

@@ -229,8 +229,8 @@ class Blocks:
             return True
         raise StoreError(
             f"block {ours.block} of {ours.step} came out in two ways, though its step declares that it "
-            f"cannot: {winner.file} (digest {winner.digest}, by qrpo {winner.code}) is committed, {ours.file} "
-            f"(digest {ours.digest}) was made now; the first row that differs is {row[0]}:{row[1]}",
+            f"cannot: {winner.file} (digest {winner.digest}, by qrpo {winner.code}) is committed, "
+            f"{ours.file} (digest {ours.digest}) was made now; row {row[0]}:{row[1]} is the first to differ",
             where=f"{self.objects.url}/{ours.index}",
             remedy="compare the machines and versions that made them; neither was removed",
         )

@@ -4,7 +4,8 @@ The merged block is committed first, then the index entries of the blocks in it 
 moment each row is in the index, for a while twice. What a reader gets for a row never changes. That matters
 where two blocks hold one row drawn twice with different results (an engine that is not exact, two runs at
 once): the block whose id comes first has it. So blocks that share rows are always merged together, with the
-rows that readers get, and their entries are taken away from the last id to the first.
+rows that readers get, and their entries are taken away from the last id to the first. (Where one of them
+holds just the rows of the merged block, and not as readers get them, its name is taken: such a group stays.)
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import pyarrow as pa
 from qrpo_core.errors import DamagedError, MissingError
 from qrpo_core.store.block_data import BlockData
 from qrpo_core.store.block_manifest import BlockManifest
-from qrpo_core.store.planning import STRIDE, BlockPlan, Wanted, count_rows, pack, runs_of
+from qrpo_core.store.planning import STRIDE, BlockPlan, Wanted, pack, runs_of
 from qrpo_core.store.recipe import Recipe
-from qrpo_core.store.tables import select
+from qrpo_core.store.tables import select, select_pairs
 
 Group = list[BlockManifest]
 #: Stores a block's rows and makes them real: (plan, table, seconds, facts) → its manifest.
@@ -43,7 +44,6 @@ def compact(data: BlockData, store: Store, recipe: Recipe, rows_per_block: int) 
     rows = 0
     for group in _groups(blocks, rows_per_block):
         rows += _merge(data, store, recipe, group, rows_per_block)
-    # Old data goes last, so that a reader of the old listing has had its time.
     return Compaction(len(blocks), len(data.index.committed(recipe)), rows)
 
 
@@ -76,7 +76,8 @@ def _sharing(blocks: Sequence[BlockManifest]) -> list[Group]:
 
     def lead(block: int) -> int:
         while leader[block] != block:
-            block = leader[block] = leader[leader[block]]
+            leader[block] = leader[leader[block]]
+            block = leader[block]
         return block
 
     for one, other in _overlaps(blocks, number):
@@ -106,24 +107,35 @@ def _overlaps(blocks: Sequence[BlockManifest], number: dict[str, int]) -> set[tu
 
 
 def _merge(data: BlockData, store: Store, recipe: Recipe, group: Group, rows_per_block: int) -> int:
-    """Replace a group by as few blocks as it takes; returns the rows written."""
+    """Replace a group by as few blocks as it takes; returns the rows written, 0 if it has to stay."""
     wanted = _rows_of(group)
     table = select(_read(data, group), wanted)  # the group is by block id: the first of doubles is the one
     runs = (run for key, indices in wanted.items() for run in runs_of(key, indices))
-    plans = list(pack(recipe, runs, rows_per_block))
-    facts = merged_facts(group)
-    seconds = sum(block.seconds for block in group) / count_rows(wanted)
-    made: list[BlockManifest] = []
-    for plan in plans:
-        part = table.slice(sum(block.rows for block in made), plan.rows)
-        made.append(store(plan, part, seconds * plan.rows, facts))
+    parts: list[tuple[BlockPlan, pa.Table]] = []
+    first = 0
+    for plan in pack(recipe, runs, rows_per_block):
+        parts.append((plan, table.slice(first, plan.rows)))
+        first += plan.rows
+    if any(_is_taken(data, group, plan, part) for plan, part in parts):
+        return 0
+    facts, seconds = merged_facts(group), sum(block.seconds for block in group) / len(table)
+    made = [store(plan, part, seconds * plan.rows, facts) for plan, part in parts]
     kept = {block.block for block in made}
     for block in sorted(group, key=lambda block: block.block, reverse=True):
         if block.block not in kept:
             data.index.remove(block)
     for file in {block.file for block in group} - {block.file for block in made}:
         data.index.objects.delete(file)
-    return count_rows(wanted)
+    return len(table)
+
+
+def _is_taken(data: BlockData, group: Group, plan: BlockPlan, part: pa.Table) -> bool:
+    """Whether a block of exactly these rows is there that holds them otherwise: its name cannot be had."""
+    for block in group:
+        if block.block == plan.id:
+            theirs, _ = select_pairs(data.fetch(block, check=True), list(plan.pairs()))
+            return not theirs.cast(part.schema).equals(part)
+    return False
 
 
 def _read(data: BlockData, group: Group) -> pa.Table:

@@ -16,6 +16,7 @@ from qrpo_core.store.planning import BlockPlan
 from qrpo_core.store.recipe import Recipe
 
 _THREADS = 16
+_BATCH = 64  # manifests in memory as they were read
 #: Blocks that a rate is measured over.
 _RECENT = 20
 
@@ -128,16 +129,26 @@ class BlockIndex:
         return {entry for entry in self._vouched if entry.startswith(folder)}.difference(listed)
 
     def _load_all(self, entries: list[str]) -> Iterator[BlockManifest]:
+        """The manifests of index entries; those new to this process are read side by side."""
         new = [entry for entry in entries if entry not in self._known]
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(self._load, new))
+            for first in range(0, len(new), _BATCH):
+                batch = new[first : first + _BATCH]
+                for entry, content in zip(batch, pool.map(self._content, batch), strict=True):
+                    self._learn(entry, content)  # here: parsing is work, of which threads do no more
         return (self._known[entry] for entry in entries if entry in self._known)
 
-    def _load(self, entry: str) -> None:
+    def _content(self, entry: str) -> bytes | None:
         try:
-            self._known[entry] = self.read(entry)
+            return self.objects.read(entry)
         except MissingError:
-            return  # compacted or set aside since it was listed
+            return None  # compacted or set aside since it was listed
+
+    def _learn(self, entry: str, content: bytes | None) -> None:
+        if content is None:
+            return
+        try:
+            self._known[entry] = from_json(content, entry, f"{self.objects.url}/{entry}")
         except DamagedError as error:
             self.set_aside(entry, error.message)
 

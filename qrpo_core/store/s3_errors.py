@@ -21,6 +21,7 @@ from botocore.exceptions import (
     ProxyConnectionError,
 )
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from qrpo_core.errors import AccessError, MissingError, StoreError
 
@@ -34,6 +35,9 @@ _CONNECTION = (
     IncompleteReadError,  # a body shorter than announced
     FlexibleChecksumError,  # a body that changed on the way
     ResponseParserError,  # an answer cut off, or a proxy's page in its place
+    HTTPError,  # urllib3's own, which botocore lets through in the body of an error
+    ConnectionError,
+    TimeoutError,
 )
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 
@@ -83,7 +87,7 @@ class Caller:
         while True:
             try:
                 result = call(attempt)
-            except (BotoCoreError, ClientError) as error:
+            except (BotoCoreError, ClientError, *_CONNECTION) as error:
                 self._answered |= isinstance(error, ClientError)
                 pause = random.uniform(0, min(_LONGEST, _FIRST * 2**attempt))
                 spent = time.monotonic() - started

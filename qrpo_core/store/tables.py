@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -16,14 +15,16 @@ from numpy.typing import NDArray
 from qrpo_core.errors import StoreError
 from qrpo_core.store.planning import STRIDE, BlockPlan, Wanted
 
+#: Rows of the average stretch from which on slices cost less than copies.
+_STRETCH = 64
+
 
 def in_order(table: pa.Table, plan: BlockPlan, where: str) -> pa.Table:
     """The table's rows in the plan's order; refuses a table that does not hold exactly the plan's rows."""
-    pairs = list(plan.pairs())
-    present = _pairs(table)
-    if present == pairs:
+    if _is_in_order(table, plan):
         return table
-    order = {pair: row for row, pair in enumerate(present)}
+    pairs = list(plan.pairs())
+    order = {pair: row for row, pair in enumerate(_pairs(table))}
     if len(table) != len(pairs) or any(pair not in order for pair in pairs):
         raise StoreError(f"{len(table)} rows were computed where {len(pairs)} were planned", where=where)
     return table.take(pa.array([order[pair] for pair in pairs], pa.int64()))
@@ -31,9 +32,10 @@ def in_order(table: pa.Table, plan: BlockPlan, where: str) -> pa.Table:
 
 def to_parquet(table: pa.Table) -> bytes:
     """The table as one Parquet file; equal tables give equal bytes with one version of pyarrow."""
-    buffer = io.BytesIO()
-    pq.write_table(table.combine_chunks(), buffer, compression="zstd")
-    return buffer.getvalue()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd")
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 def from_parquet(data: bytes) -> pa.Table:
@@ -89,6 +91,19 @@ def row_keys(table: pa.Table) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(digest, ""), table.column("prompt_id"), joined)
 
 
+def _is_in_order(table: pa.Table, plan: BlockPlan) -> bool:
+    count = np.array([run.count for run in plan.runs])
+    run = np.repeat(np.arange(len(count)), count)
+    if len(run) != len(table):
+        return False
+    first = np.array([run.first for run in plan.runs])
+    within = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)
+    if not np.array_equal(table.column("sample_index").to_numpy(), first[run] + within):
+        return False
+    keys = pa.array([run.key for run in plan.runs], pa.string()).take(pa.array(run))
+    return bool(row_keys(table).equals(pa.chunked_array([keys])))
+
+
 def _pairs(table: pa.Table) -> list[tuple[str, int]]:
     keys, indices = row_keys(table).to_pylist(), table.column("sample_index").to_pylist()
     return list(zip(keys, indices, strict=True))
@@ -102,7 +117,12 @@ def _positions(table: pa.Table, keys: Iterable[str]) -> tuple[NDArray[np.int64],
 
 
 def _take(table: pa.Table, rows: NDArray[Any]) -> pa.Table:
-    """The rows with these numbers; where they are all in order, the table itself, uncopied."""
-    if len(rows) == len(table) and np.array_equal(rows, np.arange(len(rows))):
-        return table
-    return table.take(pa.array(rows))
+    """The rows with these numbers. Long stretches, such as whole blocks, are not copied."""
+    if not len(rows):
+        return table.slice(0, 0)
+    starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)
+    if len(starts) * _STRETCH > len(rows):
+        return table.take(pa.array(rows))
+    lengths = np.diff(starts, append=len(rows))
+    pieces = zip(rows[starts].tolist(), lengths.tolist(), strict=True)
+    return pa.concat_tables([table.slice(first, length) for first, length in pieces])

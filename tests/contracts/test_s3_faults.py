@@ -1,9 +1,10 @@
-"""A real S3 server behind a proxy that injects faults: what passes is survived, what is final is said at once."""
+"""A real S3 server behind a proxy that injects faults: what passes is survived, what is final is said."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,11 @@ def test_every_verb_survives_what_passes(
     fault: Fault, verb: str, objects: Objects, proxy: FaultProxy, tmp_path: Path
 ) -> None:
     call, expected = VERBS[verb]
-    times = fault.times
-    proxy.inject(Fault(**vars(fault)))
+    proxy.inject(replace(fault))
     assert call(objects, tmp_path) == expected
-    reads = verb in ("exists", "create again", "create the same again")
-    assert proxy.injected[fault.kind] == times or (fault.method == "GET" and reads)
+    if fault.kind.endswith("_answer") and fault.kind != "lost_answer":
+        return  # an answer without a body, or no GET at all, has nothing to cut off
+    assert proxy.injected[fault.kind] == fault.times
 
 
 def test_an_object_whose_creation_was_not_answered_is_ours(objects: Objects, proxy: FaultProxy) -> None:
@@ -144,7 +145,7 @@ def test_what_goes_on_is_given_up_in_time(s3_store: StoreConfig, proxy: FaultPro
     objects = open_objects(s3_store.model_copy(update={"endpoint_url": proxy.url, "retry_seconds": 1.5}))
     proxy.inject(Fault("slow_down", times=1000))
     started = time.monotonic()
-    with pytest.raises(StoreError, match="503 SlowDown.* attempts in 1 s") as error:
+    with pytest.raises(StoreError, match=r"503 SlowDown.* attempts in 1 s") as error:
         objects.read("there")
     assert time.monotonic() - started < 3
     assert not isinstance(error.value, MissingError | AccessError)

@@ -29,7 +29,10 @@ def test_every_field_is_documented_and_every_documented_field_exists() -> None:
         assert documented == set(section.model_fields), name
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "show", "report", "config"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "plan", "show", "report", "config", "explain", "budget", "ls", "verify", "gc", "compact"],
+)
 def test_every_command_is_documented(command: str) -> None:
     assert f"qrpo {command}" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 

@@ -11,19 +11,19 @@ import pyarrow.compute as pc
 import pytest
 from scipy import stats
 
-from qrpo_core.errors import MissingError, QRPOError
 from qrpo_core.experiments import parse_experiment
 from qrpo_core.explain import explain, explain_lines
 from qrpo_core.inventory.uses import chain_of, known_chain, known_prompts
 from qrpo_core.records import TRAINING_SET
-from qrpo_core.steps import budgets, prompts
+from qrpo_core.steps import budgets
 from qrpo_core.steps.chain import Chain, reference_steps
 from qrpo_core.steps.policies import folder_files
 from qrpo_core.steps.prompts import PromptTables
 from qrpo_core.steps.tables import load
 from qrpo_core.steps.workspace import Workspace
+from tests.core.stores import REWARD, fill, of_split
 
-REWARD = {"reward": {"kind": "length", "min_words": 4, "max_words": 8}}
+LENGTH = {"reward": REWARD}
 SAMPLES = {"references_per_prompt": 6}
 
 
@@ -31,11 +31,6 @@ def text_of(found: dict[str, Any]) -> str:
     """The explanation in words; its JSON form must be JSON."""
     json.dumps(found, allow_nan=False)
     return "\n".join(explain_lines(found))
-
-
-def of_split(workspace: Workspace, split: str) -> str:
-    """Some prompt of a split."""
-    return str(prompts.of_split(known_prompts(workspace)[1].prompts, split)["prompt_id"][0].as_py())
 
 
 def training_row(chain: Chain, prompt: str, index: int) -> dict[str, Any]:
@@ -46,7 +41,7 @@ def training_row(chain: Chain, prompt: str, index: int) -> dict[str, Any]:
 
 
 def test_target_quantile_and_interval_by_hand(steps: Any, settings: dict[str, Any]) -> None:
-    chain, _ = steps.precompute(steps.changed(settings | REWARD, sampling=SAMPLES, objective={"beta": 0.3}))
+    chain, _ = steps.precompute(steps.changed(settings | LENGTH, sampling=SAMPLES, objective={"beta": 0.3}))
     workspace = chain.workspace
     stored: dict[str, list[float]] = {}
     for row in chain.first.rewards.read().to_pylist():
@@ -81,7 +76,7 @@ def test_target_quantile_and_interval_by_hand(steps: Any, settings: dict[str, An
 
 
 def test_a_completion_is_shown_with_all_that_made_it(steps: Any, settings: dict[str, Any]) -> None:
-    chain, _ = steps.precompute(steps.changed(settings | REWARD, sampling=SAMPLES))
+    chain, _ = steps.precompute(steps.changed(settings | LENGTH, sampling=SAMPLES))
     prompt = of_split(chain.workspace, "train")
     found = explain(chain.workspace, f"{prompt[:8]}:4")
     (section,) = found["draws"]
@@ -111,7 +106,7 @@ def test_a_completion_is_shown_with_all_that_made_it(steps: Any, settings: dict[
 
 
 def test_a_prompt_is_shown_with_every_completion(steps: Any, settings: dict[str, Any]) -> None:
-    chain, _ = steps.precompute(steps.changed(settings | REWARD, sampling=SAMPLES))
+    chain, _ = steps.precompute(steps.changed(settings | LENGTH, sampling=SAMPLES))
     prompt = of_split(chain.workspace, "train")
     found = explain(chain.workspace, prompt)
     (section,) = found["draws"]
@@ -133,7 +128,7 @@ def test_a_prompt_is_shown_with_every_completion(steps: Any, settings: dict[str,
 
 
 def test_what_is_not_there_yet_is_said(steps: Any, settings: dict[str, Any]) -> None:
-    workspace = Workspace(steps.changed(settings | REWARD))
+    workspace = Workspace(steps.changed(settings | LENGTH))
     prompt = of_split(workspace, "train")
     (section,) = explain(workspace, prompt)["draws"]
     assert section["completions"] == []
@@ -153,22 +148,13 @@ def test_what_is_not_there_yet_is_said(steps: Any, settings: dict[str, Any]) -> 
     text_of(explain(workspace, f"{prompt}:0"))
 
 
-def fill(workspace: Workspace, step: Any) -> int:
-    rows = 0
-    for plan in workspace.blocks.plan(step.recipe, step.wanted, 5):
-        table, facts = step.compute(plan, lambda count: None)
-        workspace.blocks.commit(plan, table, step.schema, 1.0, **facts)
-        rows += plan.rows
-    return rows
-
-
 def offline(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     rows = [{"prompt": f"Say {n}", "answer": n, "good": "one two three", "bad": "one"} for n in range(12)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = {"chosen_field": "good", "rejected_field": "bad"}
     return {
         **settings,
-        **REWARD,
+        **LENGTH,
         "prompts": settings["prompts"] | fields,
         "training_data": {"mode": "offline"},
     }
@@ -203,7 +189,7 @@ def test_offline_completions_and_their_references(
 
 
 def test_a_completion_that_is_not_trained_on_says_why(steps: Any, settings: dict[str, Any]) -> None:
-    best = {**settings, **REWARD, "training_data": {"mode": "best_worst", "pool": 4}}
+    best = {**settings, **LENGTH, "training_data": {"mode": "best_worst", "pool": 4}}
     chain, _ = steps.precompute(steps.changed(best, sampling=SAMPLES))
     prompt = of_split(chain.workspace, "train")
     sections = [explain(chain.workspace, f"{prompt}:{index}")["draws"][0] for index in range(6)]
@@ -240,7 +226,7 @@ def test_a_completion_without_a_reward_says_why(steps: Any, settings: dict[str, 
 
 
 def test_a_baseline_has_pairs_and_no_targets(steps: Any, settings: dict[str, Any]) -> None:
-    paired = {**settings, **REWARD, "training_data": {"mode": "pairs"}}
+    paired = {**settings, **LENGTH, "training_data": {"mode": "pairs"}}
     chain, _ = steps.precompute(steps.changed(paired, sampling=SAMPLES, objective={"kind": "dpo"}))
     prompt = of_split(chain.workspace, "train")
     sections = [explain(chain.workspace, f"{prompt}:{index}")["draws"][0] for index in range(6)]
@@ -257,7 +243,7 @@ def test_a_baseline_has_pairs_and_no_targets(steps: Any, settings: dict[str, Any
 def test_every_scorer_and_every_reference_is_shown(
     steps: Any, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    chain, _ = steps.precompute(steps.changed(settings | REWARD))
+    chain, _ = steps.precompute(steps.changed(settings | LENGTH))
     prompt = of_split(chain.workspace, "train")
     other = {**settings, "reward": {"kind": "number"}}
     steps.precompute(parse_experiment(other))
@@ -277,8 +263,8 @@ def test_every_scorer_and_every_reference_is_shown(
 
 
 def test_a_prompts_own_budget_and_rows_beyond_the_experiments(steps: Any, settings: dict[str, Any]) -> None:
-    steps.precompute(steps.changed(settings | REWARD, sampling=SAMPLES))
-    workspace = Workspace(steps.changed(settings | REWARD, sampling={"references_per_prompt": 2}))
+    steps.precompute(steps.changed(settings | LENGTH, sampling=SAMPLES))
+    workspace = Workspace(steps.changed(settings | LENGTH, sampling={"references_per_prompt": 2}))
     samples, rewards = reference_steps(workspace)
     prompt, other = list(samples.wanted)[:2]
     budgets.write(workspace.objects, samples.recipe, rewards.recipe, {prompt: 4})
@@ -294,7 +280,7 @@ def test_a_prompts_own_budget_and_rows_beyond_the_experiments(steps: Any, settin
 def test_rounds_and_held_out_draws(
     steps: Any, settings: dict[str, Any], make_tiny_model: Any, tmp_path: Path
 ) -> None:
-    asked = steps.changed(settings | REWARD, rounds={"count": 2, "samples_per_prompt": 2})
+    asked = steps.changed(settings | LENGTH, rounds={"count": 2, "samples_per_prompt": 2})
     chain, _ = steps.precompute(asked)
     workspace = chain.workspace
     for number in (1, 2):
@@ -334,7 +320,7 @@ def test_the_chain_of_one_prompt_names_the_results_of_all(
     steps: Any, settings: dict[str, Any], tmp_path: Path, mode: str
 ) -> None:
     data = {"mode": mode, "pool": 2} if mode == "best_worst" else {"mode": mode}
-    base = offline(settings, tmp_path) if mode == "offline" else settings | REWARD
+    base = offline(settings, tmp_path) if mode == "offline" else settings | LENGTH
     workspace = Workspace(
         steps.changed(base, sampling=SAMPLES)
         if mode == "offline"
@@ -349,33 +335,3 @@ def test_the_chain_of_one_prompt_names_the_results_of_all(
     )
     for name in ("quantiles", "training_set", "train"):
         assert getattr(alone.first, name) == getattr(whole.first, name)
-
-
-def test_a_query_that_names_nothing_is_refused(steps: Any, settings: dict[str, Any]) -> None:
-    workspace = Workspace(steps.changed(settings | REWARD))
-    prompt = of_split(workspace, "train")
-    with pytest.raises(QRPOError, match="too short"):
-        explain(workspace, prompt[:5])
-    with pytest.raises(QRPOError, match="'-1' is no sample_index"):
-        explain(workspace, f"{prompt}:-1")
-    with pytest.raises(QRPOError, match="'' is no sample_index"):
-        explain(workspace, f"{prompt}:")
-    with pytest.raises(MissingError, match=f"none of the 12 prompts.*{prompt}"):
-        explain(workspace, prompt[:6] + "x")
-    with pytest.raises(MissingError, match=r"no completion 3: there are references 0-2"):
-        explain(workspace, f"{prompt}:3")
-
-
-def test_an_ambiguous_beginning_names_several(steps: Any, settings: dict[str, Any]) -> None:
-    import pyarrow as pa
-
-    from qrpo_core.explain.query import find_prompt
-
-    ids = ["abcdef00", "abcdef01", "abcdef02", "abcdef03", "fedcba00"]
-    table = pa.table({"prompt_id": ids})
-    with pytest.raises(
-        QRPOError, match=r"4 prompts begin with 'abcdef' \[abcdef00, abcdef01, abcdef02, \.\.\.\]"
-    ):
-        find_prompt(table, "abcdef")
-    assert find_prompt(table, "fedcba") == "fedcba00"
-    assert find_prompt(table, "abcdef03") == "abcdef03"

@@ -10,13 +10,15 @@ import io
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+
+from qrpo_core.errors import MissingError
+from qrpo_core.ids import digest_bytes
 
 #: (step, row key, sample_index).
 Row = tuple[str, str, int]
@@ -38,8 +40,11 @@ class Journal:
         os.close(handle)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.path.exists():
-            yield from map(json.loads, self.path.read_text().splitlines())
+        """The events, each with the place in the file where it stands."""
+        place = 0
+        for line in self.path.read_bytes().splitlines(True) if self.path.exists() else ():
+            yield {"at": place, **json.loads(line)}
+            place += len(line)
 
     def count(self, did: str) -> int:
         return sum(event["did"] == did for event in self)
@@ -55,7 +60,8 @@ class Account:
     """Rows bought on one store.
 
     bought : rows whose computation was begun. A block counts whole, however far it came.
-    twice : of them, rows begun before. in_flight : of those, rows that nobody had committed by then.
+    twice : of them, rows begun before. in_flight : of those, rows that nobody had committed when the store
+        was asked for them: another run was computing them, or one had died over them.
     destroyed : of those, rows that the fault itself had taken out of the store.
     committed : rows that were in the store at some time and not destroyed later.
     """
@@ -70,24 +76,28 @@ class Account:
 def account(journal: Journal) -> Account:
     """Read a journal."""
     found = Account()
-    begun: Counter[Row] = Counter()
+    begun: set[Row] = set()
+    committed: dict[Row, int] = {}  # and where that was written down
     gone: set[Row] = set()
     for event in journal:
         rows = [(event["step"], key, index) for key, index in event.get("rows", ())]
         if event["did"] == "begin":
+            again = begun.intersection(rows)
             found.bought += len(rows)
-            for row in rows:
-                if begun[row]:
-                    found.twice += 1
-                    found.destroyed += row in gone
-                    found.in_flight += row not in gone and row not in found.committed
-                begun[row] += 1
+            found.twice += len(again)
+            found.destroyed += len(again & gone)
+            unknown = [row for row in again - gone if committed.get(row, math.inf) >= event["looked"]]
+            found.in_flight += len(unknown)
+            begun.update(rows)
         elif event["did"] in ("commit", "found"):
-            found.committed.update(rows)
+            for row in rows:
+                committed.setdefault(row, event["at"])
             gone.difference_update(rows)
         elif event["did"] == "destroyed":
-            found.committed.difference_update(rows)
+            for row in rows:
+                committed.pop(row, None)
             gone.update(rows)
+    found.committed = set(committed)
     return found
 
 
@@ -101,6 +111,14 @@ def blocks_in(objects: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
             except (ValueError, KeyError, TypeError):
                 continue
             yield key.split("/")[1], key, manifest
+
+
+def whole(objects: Any, manifest: dict[str, Any]) -> bool:
+    """Whether a block's data is what its manifest says."""
+    try:
+        return digest_bytes(objects.read(manifest["file"])) == str(manifest["digest"])
+    except MissingError:
+        return False
 
 
 def rows_of(manifest: dict[str, Any]) -> list[tuple[str, int]]:
@@ -130,8 +148,7 @@ def same(step: str, row: dict[str, Any], expected: dict[str, Any]) -> bool:
 class Outcome:
     """A fault, how often it was injected, and what it cost.
 
-    lost : rows that were committed and are not in the store any more, those excepted that the fault destroyed
-        and that were bought again.
+    lost : rows that were committed and are not in the store any more.
     twice, in_flight, destroyed : as in `Account`. wrong : rows that are not those of an undisturbed run, in
         any block or in the training set.
     """
@@ -157,7 +174,7 @@ class Outcome:
         return Outcome(**{**asdict(self), **sums})
 
     def check(self) -> Outcome:
-        """AssertionError unless nothing was lost, nothing wrong, and nothing bought again without a reason."""
+        """AssertionError unless nothing is lost, nothing wrong, and nothing bought again without a reason."""
         assert self.injected > 0, self
         assert self.lost == self.wrong == 0, self
         assert self.twice == self.in_flight + self.destroyed, self

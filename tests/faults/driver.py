@@ -4,8 +4,8 @@ It is the flow `precompute` as it stands: its body, `tasks.stages`, the steps an
 engine is left out, which costs seconds a run: the functions that its tasks wrap are called directly. The same
 through `qrpo run` is in test_command_line.py.
 
-The journal has one line an event. ``begin`` stands there before a block's rows are computed, ``commit`` once
-they are known to be in the store.
+The journal has one line an event. ``begin`` stands there before a block's rows are computed, with the length
+that the journal had when the store was last asked for them; ``commit`` once they are known to be in it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ from typing import Any
 PRELOAD = [
     "flows.precompute",
     "qrpo_core.preflight",
-    "qrpo_core.engines.hf",
+    "qrpo_core.data.chat",
     "qrpo_core.engines.fake",
+    "qrpo_core.engines.hf",
+    "qrpo_core.rewards.dense",
     "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.modeling_gguf_pytorch_utils",
+    "pandas",  # pyarrow imports it at its first conversion
+    "pyarrow.dataset",
     "botocore.session",
 ]
 
@@ -46,9 +52,10 @@ class Job:
     folder : of the journal and of what the run prints. run : its number there.
     environment : beside that of the fork server. seed : of the order of blocks, and of the clock.
     row_seconds : what a row pretends to take.
-    death : (point, n): SIGKILL itself when it passes the point for the n-th time; "" is any point.
-    full : number of points after which no file can grow any more. jumping_clock : see `_jumping`.
-    gate : a file to wait for.
+    death : (stage, point, n): SIGKILL itself when it passes the point for the n-th time in the stage; "" is
+        any stage, any point.
+    full : such a place after which no file can grow any more. jumping_clock : see `_jump`.
+    gate : a file to wait for. until : a stage before which the run ends as if it were done.
     """
 
     experiment: dict[str, Any]
@@ -57,10 +64,11 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     row_seconds: float = 0.002
-    death: tuple[str, int] | None = None
-    full: int | None = None
+    death: tuple[str, str, int] | None = None
+    full: tuple[str, str, int] | None = None
     jumping_clock: bool = False
     gate: Path | None = None
+    until: str = ""
 
     @property
     def journal(self) -> Path:
@@ -84,7 +92,8 @@ class Watch:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.stage = "start"
-        self.passed: Counter[str] = Counter()
+        self.passed: Counter[tuple[str, str]] = Counter()
+        self.looked = 0
         self._journal = os.open(job.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._state = os.open(job.state, os.O_WRONLY | os.O_CREAT, 0o644)
 
@@ -95,14 +104,20 @@ class Watch:
 
     def at(self, point: str) -> None:
         """The run passes a point."""
-        self.passed[point] += 1
-        self.passed[""] += 1
+        places = [(stage, name) for stage in ("", self.stage) for name in ("", point)]
+        self.passed.update(places)
+        passed = self.passed["", ""]
         with growing():
-            os.pwrite(self._state, f"{self.stage},{point},{self.passed['']}".ljust(60).encode(), 0)
-        if self.job.death in ((point, self.passed[point]), ("", self.passed[""])):
+            os.pwrite(self._state, f"{self.stage},{point},{passed}".ljust(60).encode(), 0)
+        here = [(*place, self.passed[place]) for place in places]
+        if self.job.death in here:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.passed[""] == self.job.full:
+        if self.job.full in here:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+    def look(self) -> None:
+        """The store is asked what is missing."""
+        self.looked = os.fstat(self._journal).st_size
 
     @contextmanager
     def around(self, what: str) -> Iterator[None]:
@@ -149,7 +164,7 @@ class DirectBlock:
         rows = {"step": plan.recipe.step, "rows": list(plan.pairs())}
         self._watch.stage = plan.recipe.step
         self._watch.at("begin")
-        self._watch.note("begin", **rows)
+        self._watch.note("begin", looked=self._watch.looked, **rows)
         self._function(step, plan, workspace, advance)
         self._watch.note("commit", **rows)
 
@@ -198,9 +213,12 @@ def _run(job: Job, watch: Watch) -> None:
     from qrpo_core.experiments import parse_experiment
     from qrpo_core.preflight import check
     from qrpo_core.steps import workspace
+    from qrpo_core.store.blocks import Blocks
     from tasks import stages
 
     def make(_: Any, stage: str, recipe: Any, build: Callable[[], Any]) -> stages.Stage:
+        if stage == job.until:
+            sys.exit(DONE)
         watch.stage = stage
         watch.at("begin")
         build()
@@ -210,7 +228,11 @@ def _run(job: Job, watch: Watch) -> None:
     def progress(*_: Any) -> Iterator[Callable[[int], None]]:
         yield watch.row
 
-    opened = workspace.open_objects
+    def still_missing(blocks: Blocks, plan: Any) -> Any:
+        watch.look()
+        return asked(blocks, plan)
+
+    opened, asked = workspace.open_objects, Blocks.still_missing
     patches: list[tuple[Any, str, Any]] = [
         (workspace, "open_objects", lambda config: WatchedObjects(opened(config), watch)),
         (precompute, "make", make),
@@ -220,6 +242,7 @@ def _run(job: Job, watch: Watch) -> None:
         (stages, "stage_progress", progress),
         (stages, "announce", lambda *_: None),
         (stages, "announce_problem", lambda text: watch.note("problem", text=text)),
+        (Blocks, "still_missing", still_missing),
         (os, "link", _linked(os.link, watch)),
     ]
     for owner, name, value in patches:  # of a process that does nothing else afterwards
@@ -230,7 +253,7 @@ def _run(job: Job, watch: Watch) -> None:
     experiment = parse_experiment(job.experiment)
     while job.gate is not None and not job.gate.exists():
         time.sleep(0.002)
-    #check(workspace.Workspace(experiment))
+    check(workspace.Workspace(experiment))
     precompute.precompute.fn(experiment)
 
 

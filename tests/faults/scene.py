@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.context import ForkServerProcess
@@ -16,13 +16,14 @@ from typing import Any
 
 from qrpo_core.config import Experiment, StoreConfig
 from qrpo_core.experiments import parse_experiment
+from qrpo_core.inventory.check import verify
 from qrpo_core.records import TRAINING_SET
 from qrpo_core.steps.chain import stored_chain
 from qrpo_core.steps.tables import load
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.objects import Objects, open_objects
 from tests.faults import driver
-from tests.faults.accounts import Journal, Outcome, Row, account, blocks_in, contents, rows_of, same
+from tests.faults.accounts import Journal, Outcome, Row, account, blocks_in, contents, rows_of, same, whole
 from tests.faults.driver import DONE, Job
 
 #: The longest that a run may take, seconds; a run that hangs fails its test.
@@ -32,7 +33,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(driver.PRELOAD)
 
 
-def settings(folder: Path, model: Path, prompts: int = 20) -> dict[str, Any]:
+def settings(folder: Path, model: Path, prompts: int = 9) -> dict[str, Any]:
     """A small experiment whose samples come from the fake engine and log-probs from a real one. No store."""
     questions = folder / "questions.jsonl"
     lines = [json.dumps({"prompt": f"Say {n}", "answer": n}) + "\n" for n in range(prompts)]
@@ -68,20 +69,16 @@ class Run:
             raise AssertionError(f"run {self.job.run} hung at {self.place}: {self.printed}")
         return self.process.exitcode
 
-    def reaches(self, point: str, times: int = 1) -> None:
-        """Return when it has passed a point so often, as seen from here, or has ended."""
-        seen = ""
-        while self.process.exitcode is None and times > 0:
-            place = self.job.state.read_text() if self.job.state.exists() else ""
-            times -= place != seen and f",{point}," in place
-            seen = place
-            time.sleep(0.0005)
+    def reaches(self, stage: str) -> None:
+        """Return when it is seen in a stage, or has ended."""
+        while self.process.exitcode is None and self.place[0] != stage:
+            time.sleep(0.001)
 
     @property
     def place(self) -> tuple[str, str]:
         """The stage and the point that it passed last."""
-        text = self.job.state.read_text() if self.job.state.exists() else ",,"
-        stage, point, _ = text.split(",")
+        text = self.job.state.read_text() if self.job.state.exists() else ""
+        stage, point, _ = text.split(",") if text else ("", "", "")
         return stage, point
 
     @property
@@ -129,6 +126,7 @@ class Scene:
         self.objects: Objects = open_objects(store)
         self.journal = Journal(folder / "journal.jsonl")
         self.runs: list[Run] = []
+        self._hurt: dict[str, bytes] = {}
 
     @cached_property
     def back_end(self) -> str:
@@ -161,12 +159,24 @@ class Scene:
 
     def look(self) -> None:
         """Write down which rows are in the store now, while nobody writes."""
-        for step, _, manifest in blocks_in(self.objects):
-            self.journal.note("found", step=step, rows=rows_of(manifest))
+        for step, index, manifest in blocks_in(self.objects):
+            hurt = index in self._hurt and self._hurt[index] == self.objects.read(index)
+            if not hurt and whole(self.objects, manifest):
+                self.journal.note("found", step=step, rows=rows_of(manifest))
 
-    def destroy(self, step: str, manifest: Mapping[str, Any]) -> None:
-        """Write down that we took a block's rows out of the store."""
-        self.journal.note("destroyed", step=step, rows=rows_of(dict(manifest)))
+    def hurt(
+        self, block: tuple[str, str, dict[str, Any]], part: str, how: Callable[[Objects, str], None]
+    ) -> None:
+        """Damage a block of `blocks_in`: its "file" or its "index"; and write down that its rows are lost."""
+        step, index, manifest = block
+        how(self.objects, index if part == "index" else manifest["file"])
+        if part == "index" and self.objects.exists(index):
+            self._hurt[index] = self.objects.read(index)
+        self.journal.note("destroyed", step=step, rows=rows_of(manifest))
+
+    def repair(self) -> int:
+        """`qrpo verify --repair`: how many manifests it set aside."""
+        return len(verify(Workspace(self._parsed(4)), repair=True).aside)
 
     def training_set(self, references: int) -> list[dict[str, Any]]:
         workspace = Workspace(self._parsed(references))
@@ -181,19 +191,21 @@ class Scene:
             if self.run(references) == DONE:
                 break
             assert attempt < 2, self.runs[-1].printed
-        return self.outcome(fault, injected, references, detail)
+        return self.outcome(fault, injected, references, detail=detail)
 
-    def outcome(self, fault: str, injected: int, references: int, detail: str = "") -> Outcome:
-        """The books as they stand."""
+    def outcome(self, fault: str, injected: int, *budgets: int, detail: str = "") -> Outcome:
+        """The books as they stand. budgets : references of the runs that are done, the largest first."""
+        references = budgets[0]
         books, truth = account(self.journal), self.truth.rows(references)
         present = list(contents(self.objects))
         wrong = sum(row not in truth or not same(row[0], value, truth[row]) for row, value in present)
         there = {row for row, _ in present}
         lost = len(books.committed - there)
         assert truth.keys() <= there, f"{len(truth.keys() - there)} rows are not there though the run is done"
-        mine, right = self.training_set(references), self.truth.training_set(references)
-        pairs = zip(mine, right, strict=True)
-        wrong += sum(not same("training_set", one, other) for one, other in pairs)
+        for budget in budgets:
+            mine, right = self.training_set(budget), self.truth.training_set(budget)
+            pairs = zip(mine, right, strict=True)
+            wrong += sum(not same("training_set", one, other) for one, other in pairs)
         return Outcome(
             fault,
             self.back_end,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import pytest
 import yaml
 
 from flows.cli import main
+from qrpo_core.experiments import load_experiment
+from qrpo_core.steps import prompts
+from qrpo_core.steps.chain import stored_chain
+from qrpo_core.steps.workspace import Workspace
 
 
 @pytest.fixture
@@ -117,3 +123,141 @@ def test_usage_errors_are_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run") == 2
     assert call("fly", "good.yaml") == 2
     assert "usage" in capsys.readouterr().err
+
+
+@pytest.fixture
+def prepared(folder: Path) -> Workspace:
+    """The good experiment with its training set in the store, in blocks of 4 rows."""
+    workspace = Workspace(load_experiment("good.yaml"))
+    prompts.build(workspace, prompts.recipe(workspace))
+    first = stored_chain(workspace).first
+
+    def fill(step: Any) -> None:
+        for plan in workspace.blocks.plan(step.recipe, step.wanted, 4):
+            table, facts = step.compute(plan, lambda count: None)
+            workspace.blocks.commit(plan, table, step.schema, 1.0, **facts)
+
+    for step in first.row_steps:
+        fill(step)
+    first.build_quantiles()
+    fill(first.logprobs)
+    first.build_training_set()
+    return workspace
+
+
+def test_explain_is_text_or_json(prepared: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = next(iter(stored_chain(prepared).first.rewards.completions.wanted))
+    assert call("explain", "good.yaml", f"{prompt[:6]}:2") == 0
+    text = capsys.readouterr().out
+    assert call("explain", "good.yaml", f"{prompt}:2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (section,) = found["draws"]
+    assert found["prompt"]["prompt_id"] == prompt
+    assert section["completion"]["sample_index"] == 2
+    for shown in (prompt, str(section["completion"]["seed"]), f"{section['targets']['target']:.6g}"):
+        assert shown in text
+    assert call("explain", "good.yaml", prompt) == 0
+    assert "log-ratio target" in capsys.readouterr().out
+
+
+def test_verify_says_damage_by_its_status_and_repairs_it(
+    prepared: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("verify", "good.yaml") == 0
+    assert "Everything is whole." in capsys.readouterr().out
+    block = prepared.blocks.committed(stored_chain(prepared).first.rewards.recipe)[0]
+    Path("store", block.file).write_bytes(b"not Parquet")
+    assert call("verify", "good.yaml") == 1
+    out = capsys.readouterr().out
+    assert block.index in out
+    assert "--repair" in out
+    assert call("verify", "good.yaml", "--repair") == 1
+    assert "Set aside: 1. The next run" in capsys.readouterr().out
+    assert call("verify", "good.yaml", "--all") == 0
+    assert call("ls", "good.yaml") == 0
+    assert "Set aside: 1" in capsys.readouterr().out
+
+
+def test_gc_deletes_nothing_unasked(prepared: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    before = listing(Path("store"))
+    shutil.copy("good.yaml", "second.yaml")
+    other = ("--set", "reward.max_words=5")
+    assert call("gc", "good.yaml", "--older-than", "0") == 0
+    assert "Nothing to delete that is older than 0 days." in capsys.readouterr().out
+    assert call("gc", "second.yaml", *other) == 0
+    assert "Nothing to delete that is older than 7 days." in capsys.readouterr().out
+    assert call("gc", "second.yaml", "good.yaml", *other, "--older-than", "0") == 0
+    out = capsys.readouterr().out
+    assert "blocks reward/" in out
+    assert "artifacts quantiles/" in out
+    assert "blocks sample/" not in out
+    assert "Nothing was deleted; --apply does." in out
+    assert listing(Path("store")) == before
+    assert call("gc", "second.yaml", *other, "--older-than", "0", "--apply") == 0
+    assert "Deleted: " in capsys.readouterr().out
+    assert call("ls", "good.yaml") == 0
+    out = capsys.readouterr().out
+    assert "sample" in out
+    assert "reward" not in out
+
+
+def test_compact_says_before_and_after(prepared: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("ls", "good.yaml") == 0
+    capsys.readouterr()
+    assert call("compact", "good.yaml") == 0
+    assert "after." in capsys.readouterr().out
+    assert call("verify", "good.yaml", "--all") == 0
+    assert {len(prepared.blocks.committed(recipe)) for recipe in prepared.blocks.all_recipes()} == {1}
+
+
+def test_what_cannot_be_meant_of_a_store_is_one_line_and_changes_nothing(
+    prepared: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = next(iter(stored_chain(prepared).first.rewards.completions.wanted))
+    cases = [
+        (["explain", "good.yaml", prompt[:5]], ["too short", "first 6 characters"]),
+        (["explain", "good.yaml", "x" * 32], ["none of the 20 prompts", "the nearest are"]),
+        (["explain", "good.yaml", f"{prompt}:99"], ["no completion 99", "references 0-7"]),
+        (["explain", "good.yaml", f"{prompt}:first"], ["'first' is no sample_index"]),
+        (["gc", "good.yaml", "--older-than", "-1"], ["--older-than -1", "0 or more"]),
+        (["gc", "good.yaml", "--older-than", "nan"], ["--older-than nan"]),
+        (["gc", "good.yaml", "none.yaml"], ["none.yaml", "no experiment file"]),
+        (["ls", "good.yaml", "--set", "prompts.path=gone.jsonl"], ["gone.jsonl"]),
+        (["verify", "good.yaml", "--set", "model.path=nowhere/at/all"], ["nowhere/at/all"]),
+        (["compact", "good.yaml", "--set", "sampling.references=3"], ["did you mean"]),
+    ]
+    before = listing(Path())
+    for arguments, says in cases:
+        assert call(*arguments) == 2, arguments
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1), (arguments, err)
+        for text in says:
+            assert text in err, (text, err)
+        assert listing(Path()) == before, arguments
+
+
+def test_looking_after_a_store_loads_neither_torch_nor_prefect(prepared: Workspace) -> None:
+    prompt = next(iter(stored_chain(prepared).first.rewards.completions.wanted))
+    script = """
+import sys
+from flows.cli import main
+prompt = sys.argv[1]
+for arguments in (["explain", "good.yaml", prompt], ["explain", "good.yaml", prompt + ":0", "--json"],
+        ["ls", "good.yaml", "--all"], ["verify", "good.yaml", "--all"], ["gc", "good.yaml", "--apply"],
+        ["compact", "good.yaml"]):
+    try:
+        main(arguments)
+    except SystemExit as done:
+        assert done.code == 0, (arguments, done.code)
+    heavy = [name for name in ("torch", "transformers", "prefect", "datasets", "scipy.stats", "matplotlib")
+        if name in sys.modules]
+    assert not heavy, (arguments, heavy)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{script}", prompt],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,206 @@
+"""Merging blocks: nothing a reader can see changes, wherever it stops and whoever works beside it."""
+
+from __future__ import annotations
+
+import random
+from itertools import count
+from typing import Any
+
+import pytest
+
+from qrpo_core.config import StoreConfig
+from qrpo_core.errors import DamagedError
+from qrpo_core.records import LOGPROBS
+from qrpo_core.store.block_manifest import BlockManifest
+from qrpo_core.store.blocks import Blocks, Compaction, Run, Runs
+from qrpo_core.store.compaction import merged_facts
+from qrpo_core.store.objects import LocalObjects, Objects, open_objects
+from tests.faults.rows import RECIPE, commit, fill, read, rows
+
+WANTED = {"p": range(6), "q": range(3), "r": (1, 5)}
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the code that it stops."""
+
+
+class Dying:
+    """A back end that stops its process at the nth change."""
+
+    def __init__(self, objects: Objects, changes: int) -> None:
+        self.objects, self.left = objects, changes
+
+    def __getattr__(self, name: str) -> Any:
+        verb = getattr(self.objects, name)
+        if name not in ("write", "create", "delete"):
+            return verb
+
+        def dying(*arguments: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+            return verb(*arguments)
+
+        return dying
+
+
+def overlapping(objects: Objects, seed: int) -> dict[str, tuple[int, ...]]:
+    """Blocks of random rows that share some, drawn anew each: which one counts must never change."""
+    chance = random.Random(seed)
+    wanted: dict[str, set[int]] = {}
+    for value in range(6):
+        asked = {key: tuple(sorted(chance.sample(range(5), 2))) for key in chance.sample("pqrs", 2)}
+        # A fresh store's plan: as by runs that saw nothing of each other. Exact, so that no row is left out.
+        (plan,) = Blocks(LocalObjects(objects.root / "none")).plan(RECIPE, asked, 8)  # type: ignore[attr-defined]
+        commit(Blocks(objects), plan, float(value), exact=True)
+        for key, indices in asked.items():
+            wanted.setdefault(key, set()).update(indices)
+    return {key: tuple(sorted(indices)) for key, indices in wanted.items()}
+
+
+def test_small_blocks_become_large_ones(objects: Objects) -> None:
+    blocks = Blocks(objects)
+    fill(blocks, WANTED, rows_per_block=2)
+    before = read(blocks, WANTED)
+    old = blocks.committed(RECIPE)
+    assert blocks.compact(RECIPE, 8) == Compaction(before=6, after=2, rows=11)
+    for fresh in (blocks, Blocks(objects)):
+        assert fresh.plan(RECIPE, WANTED, 2) == []
+        assert read(fresh, WANTED).equals(before)
+        assert sorted(block.rows for block in fresh.committed(RECIPE)) == [3, 8]
+    assert [check.damage for check in blocks.verify(RECIPE)] == ["", ""]
+    keys = set(objects.keys(""))
+    assert not keys & {block.index for block in old}
+    assert not keys & {block.file for block in old}
+    assert len(keys) == 1 + 2 + 2
+    assert sum(block.seconds for block in blocks.committed(RECIPE)) == pytest.approx(0.6, abs=2e-3)
+
+
+def test_large_blocks_are_left_alone_and_a_second_time_nothing_is_done(objects: Objects) -> None:
+    blocks = Blocks(objects)
+    fill(blocks, {"p": range(4)}, rows_per_block=4)
+    fill(blocks, {"p": range(9)}, rows_per_block=1)
+    large = max(blocks.committed(RECIPE), key=lambda block: block.rows)
+    assert blocks.compact(RECIPE, 8) == Compaction(before=6, after=2, rows=5)
+    assert large in blocks.committed(RECIPE)
+    assert blocks.compact(RECIPE, 8) == Compaction(before=2, after=2, rows=0)
+    assert Blocks(objects).compact(RECIPE, 8).rows == 0
+    assert Blocks(objects).compact(RECIPE.from_dict({**RECIPE.to_dict(), "version": 9}), 8).before == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_that_are_twice_there_stay_what_they_are(local_store: StoreConfig, seed: int) -> None:
+    objects = open_objects(local_store)
+    wanted = overlapping(objects, seed)
+    before = read(Blocks(objects), wanted)
+    there = len(Blocks(objects).committed(RECIPE))
+    for most in (4, 4, 16, 64):
+        done = Blocks(objects).compact(RECIPE, most)
+        assert read(Blocks(objects), wanted).equals(before)
+    stays = done.after > 1  # a name was taken
+    assert done.after < there
+    assert (sum(block.rows for block in Blocks(objects).committed(RECIPE)) == before.num_rows) or stays
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_anywhere_nothing_changes_and_it_can_be_finished(local_store: StoreConfig, seed: int) -> None:
+    for changes in count():
+        objects = LocalObjects(open_objects(local_store).root / f"{changes}")  # type: ignore[attr-defined]
+        wanted = overlapping(objects, seed)
+        wanted |= {"t": range(5)}
+        fill(Blocks(objects), wanted, rows_per_block=1)
+        before = read(Blocks(objects), wanted)
+        finished = True
+        try:
+            Blocks(Dying(objects, changes)).compact(RECIPE, 16)  # type: ignore[arg-type]
+        except Killed:
+            finished = False
+        assert Blocks(objects).plan(RECIPE, wanted, 8) == []
+        assert read(Blocks(objects), wanted).equals(before)
+        Blocks(objects).compact(RECIPE, 16)
+        assert read(Blocks(objects), wanted).equals(before)
+        assert [check.damage for check in Blocks(objects).verify(RECIPE)].count("") == len(
+            Blocks(objects).committed(RECIPE)
+        )
+        if finished:
+            break
+    assert changes > 8
+
+
+def test_a_reader_of_the_old_listing_finds_the_merged_block(objects: Objects) -> None:
+    fill(Blocks(objects), WANTED, rows_per_block=2)
+    before = read(Blocks(objects), WANTED)
+    reader = Blocks(objects)
+
+    class Slow:
+        """Hands over a listing, and lets a compaction run before any data is read."""
+
+        listed = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(objects, name)
+
+        def read(self, key: str) -> bytes:
+            if "/rows/" in key and not self.listed:
+                self.listed = True
+                assert Blocks(objects).compact(RECIPE, 16).after == 1
+            return objects.read(key)
+
+    reader = Blocks(Slow())  # type: ignore[arg-type]
+    assert read(reader, WANTED).equals(before)
+    assert list(reader.aside()) == []
+    assert len(reader.committed(RECIPE)) == 1
+
+
+def test_a_block_in_the_making_is_committed_beside_it(objects: Objects) -> None:
+    worker = Blocks(objects)
+    fill(worker, {"p": range(6)}, rows_per_block=2)
+    plans = worker.plan(RECIPE, {"p": range(10)}, 2)
+    Blocks(objects).compact(RECIPE, 16)
+    for plan in plans:
+        assert worker.still_missing(plan) is plan
+        commit(worker, plan)
+    assert [block.rows for block in worker.committed(RECIPE)].count(6) == 1
+    assert read(worker, {"p": range(10)})["logprob"].to_pylist() == [-float(i) for i in range(10)]
+
+
+def test_a_damaged_block_is_set_aside_not_merged(objects: Objects) -> None:
+    blocks = Blocks(objects)
+    fill(blocks, {"p": range(6)}, rows_per_block=2)
+    hurt = blocks.committed(RECIPE)[1]
+    data = objects.read(hurt.file)
+    objects.write(hurt.file, data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    with pytest.raises(DamagedError, match="2 rows are set aside"):
+        # Also where readers compare nothing: a merged block has a digest of its own.
+        Blocks(objects, StoreConfig(verify="never")).compact(RECIPE, 16)
+    assert fill(blocks, {"p": range(6)}, rows_per_block=2) == 2
+    assert blocks.compact(RECIPE, 16).after == 1
+
+
+def test_facts_are_merged() -> None:
+    def facts(*each: dict[str, Any]) -> dict[str, Any]:
+        return merged_facts([BlockManifest("b", Runs(), 0, "f", "d", 0, 0.0, "", "", one) for one in each])
+
+    assert facts({}, {}) == {}
+    assert facts({"exact": True, "engine": "a"}, {"exact": True, "engine": "a"}) == {
+        "exact": True,
+        "engine": "a",
+    }
+    assert facts({"exact": True}, {"exact": False}) == {"exact": False}
+    assert facts({"exact": True}, {}) == {"exact": False}
+    assert facts({"engine": "b"}, {"engines": ["a", "c"]}) == {"engines": ["a", "b", "c"]}
+    assert facts({"tokens": 3, "run": "x", "device": "cpu"}, {"tokens": 4, "run": "y", "device": "cpu"}) == {
+        "tokens": 7,
+        "run": ["x", "y"],
+        "device": "cpu",
+    }
+
+
+def test_merged_rows_are_those_of_the_runs(objects: Objects) -> None:
+    blocks = Blocks(objects)
+    for value, pairs in ((1.0, [("q", 1), ("p", 0)]), (1.0, [("p", 1), ("q", 0)])):
+        for plan in blocks.plan(RECIPE, {key: (index,) for key, index in pairs}, 8):
+            blocks.commit(plan, rows(list(plan.pairs()), value), LOGPROBS, 1.0)
+    blocks.compact(RECIPE, 8)
+    (merged,) = blocks.committed(RECIPE)
+    assert sorted(merged.runs) == [Run("p", 0, 2), Run("q", 0, 2)]
