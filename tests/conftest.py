@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core
 os.environ.setdefault("QRPO_CACHE", str(Path(tempfile.gettempdir()) / "qrpo-tests"))
 
+import contextlib
 import importlib.util
 import json
 import secrets
@@ -128,57 +129,77 @@ BUCKET = "qrpo-tests"
 ACCESS, SECRET = "tester", "not-a-secret"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free now, all different."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
-def _command(folder: Path, config: Path, port: int) -> list[str]:
+def _command(folder: Path, config: Path, ports: list[int]) -> list[str]:
     weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or "weed"
-    ports = [f"-{name}.port={_free_port()}" for name in ("master", "volume", "filer")]
-    ports += [f"-{name}.port.grpc={_free_port()}" for name in ("master", "volume", "filer", "s3")]
+    names = [
+        "s3",
+        "master",
+        "volume",
+        "filer",
+        *(f"{n}.port.grpc" for n in ("master", "volume", "filer", "s3")),
+    ]
+    flags = [
+        f"-{name if '.' in name else name + '.port'}={port}" for name, port in zip(names, ports, strict=True)
+    ]
     address = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}"]
-    s3 = ["-filer", "-s3", f"-s3.port={port}", f"-s3.config={config}"]
     quick = [
         "-master.electionTimeout=1s",
         "-master.telemetry=false",
         "-volume.max=40",
         "-master.volumeSizeLimitMB=64",
     ]
-    return [weed, "server", *address, *s3, *ports, *quick]
+    return [weed, "server", *address, "-filer", "-s3", f"-s3.config={config}", *flags, *quick]
+
+
+def _start(folder: Path, config: Path) -> tuple[subprocess.Popen[bytes] | None, str]:
+    """A SeaweedFS server that answers, with the bucket made, and its URL; None if it does not come up."""
+    import fsspec
+
+    ports = _free_ports(8)
+    url = f"http://127.0.0.1:{ports[0]}"
+    folder.mkdir()
+    with folder.with_suffix(".log").open("wb") as log:
+        server = subprocess.Popen(_command(folder, config, ports), stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            fsspec.filesystem("s3", endpoint_url=url, skip_instance_cache=True).mkdir(BUCKET)
+            return server, url
+        except Exception:
+            time.sleep(0.3)
+    server.kill()
+    server.wait()
+    return None, url
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a SeaweedFS server with one user and one bucket; credentials are put into the environment."""
-    import fsspec
-
     folder = tmp_path_factory.mktemp("s3")
     config = folder / "s3.json"
     credentials = [{"accessKey": ACCESS, "secretKey": SECRET}]
     config.write_text(
         json.dumps({"identities": [{"name": ACCESS, "credentials": credentials, "actions": ["Admin"]}]})
     )
-    port = _free_port()
     patch = pytest.MonkeyPatch()
     patch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
     patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    url = f"http://127.0.0.1:{port}"
-    (folder / "data").mkdir()
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(_command(folder / "data", config, port), stdout=log, stderr=log)
+    for attempt in range(4):  # another process may take a port between choosing and using it
+        server, url = _start(folder / f"data{attempt}", config)
+        if server is not None:
+            break
+    if server is None:
+        pytest.fail(f"SeaweedFS does not start: {(folder / 'data3.log').read_text()[-2000:]}")
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                fs = fsspec.filesystem("s3", endpoint_url=url, skip_instance_cache=True)
-                fs.mkdir(BUCKET)
-                break
-            except Exception:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.3)
         yield url
     finally:
         server.kill()

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from qrpo_core.records import check_table
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.tables import from_parquet
 
 
 def to_bytes(table: pa.Table, schema: pa.Schema, where: str) -> bytes:
@@ -22,4 +23,4 @@ def to_bytes(table: pa.Table, schema: pa.Schema, where: str) -> bytes:
 def load(workspace: Workspace, manifest: Manifest, name: str, schema: pa.Schema) -> pa.Table:
     """One table of an artifact; content and schema are checked."""
     data = workspace.artifacts.read(manifest, name)
-    return check_table(pq.read_table(pa.BufferReader(data)), schema, manifest.path(name))
+    return check_table(from_parquet(data), schema, manifest.path(name))

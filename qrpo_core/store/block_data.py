@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
@@ -17,7 +18,8 @@ from qrpo_core.store.index import BlockIndex
 from qrpo_core.store.recipe import Recipe
 from qrpo_core.store.tables import from_parquet
 
-_THREADS = 8  # each holds a block in memory
+#: Blocks read side by side: each is held in memory, and what takes long is to decode it.
+_THREADS = min(8, 2 * (os.cpu_count() or 1))
 #: Times that a read lists the index before it gives up on blocks that come and go.
 _LISTINGS = 5
 _ROWS_NAMED = 3

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qrpo_core.errors import DamagedError, MissingError
+from qrpo_core.errors import DamagedError, MissingError, StoreError
 from qrpo_core.store.aside import set_aside
 from qrpo_core.store.block_manifest import BlockManifest, from_json
 from qrpo_core.store.interface import Entry, Objects
@@ -150,7 +150,10 @@ class BlockIndex:
         try:
             self._known[entry] = from_json(content, entry, f"{self.objects.url}/{entry}")
         except DamagedError as error:
-            self.set_aside(entry, error.message)
+            try:
+                self.set_aside(entry, error.message)
+            except StoreError as failure:  # a store that may only be read can still be planned on
+                _logger.warning("Left out %s/%s: %s; %s", self.objects.url, entry, error, failure)
 
     def _recipe(self, entry: str) -> Recipe:
         try:

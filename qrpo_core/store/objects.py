@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qrpo_core.config import StoreConfig
 from qrpo_core.errors import StoreError
 from qrpo_core.store.interface import Entry, Objects
 from qrpo_core.store.local import LocalObjects
-from qrpo_core.store.s3 import S3Objects, s3_options
 
-__all__ = ["Entry", "LocalObjects", "Objects", "S3Objects", "open_objects", "s3_options"]
+__all__ = ["Entry", "LocalObjects", "Objects", "open_objects", "s3_options"]
 
 
 def open_objects(config: StoreConfig) -> Objects:
@@ -18,8 +18,22 @@ def open_objects(config: StoreConfig) -> Objects:
     if "://" not in config.path:
         return LocalObjects(Path(config.path))
     if config.path.startswith("s3://"):
+        from qrpo_core.store.s3 import S3Objects  # with botocore, which a local store does without
+
         return S3Objects(config)
     scheme = config.path.partition("://")[0]
     raise StoreError(
         f"store.path {config.path!r}: unknown scheme {scheme!r}", remedy="a directory or s3://bucket/prefix"
     )
+
+
+def s3_options(config: StoreConfig) -> dict[str, Any]:
+    """Keyword arguments of s3fs for a store's settings; no credentials among them, and no listings cache."""
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if config.endpoint_url:
+        options["endpoint_url"] = config.endpoint_url
+    if config.region:
+        options["client_kwargs"] = {"region_name": config.region}
+    if config.path_style:
+        options["config_kwargs"] = {"s3": {"addressing_style": "path"}}
+    return options

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -253,22 +253,12 @@ class S3Objects:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
 
-def s3_options(config: StoreConfig) -> dict[str, Any]:
-    """Keyword arguments of s3fs for a store's settings; no credentials among them, and no listings cache."""
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if config.endpoint_url:
-        options["endpoint_url"] = config.endpoint_url
-    if config.region:
-        options["client_kwargs"] = {"region_name": config.region}
-    if config.path_style:
-        options["config_kwargs"] = {"s3": {"addressing_style": "path"}}
-    return options
-
-
 def _client(config: StoreConfig) -> Any:
     # Long enough for a slow server, short enough that a call which is never answered is tried again in time.
     patience = max(1.0, min(20.0, config.retry_seconds / 3 or 20.0))
-    return botocore.session.get_session().create_client(
+    session = botocore.session.get_session()  # with credentials as they are now
+    session.register_component("data_loader", _loader())
+    return session.create_client(
         "s3",
         endpoint_url=config.endpoint_url,
         region_name=config.region,
@@ -277,9 +267,16 @@ def _client(config: StoreConfig) -> Any:
             connect_timeout=patience,
             read_timeout=patience,
             max_pool_connections=_CONNECTIONS,
+            response_checksum_validation="when_required",  # what is read is compared with digests of our own
             s3={"addressing_style": "path" if config.path_style else "auto"},
         ),
     )
+
+
+@cache
+def _loader() -> Any:
+    """What S3 can do, as botocore's files describe it; reading them takes longer than anything else here."""
+    return botocore.session.get_session().get_component("data_loader")
 
 
 def _at_once(work: Callable[[int], T], places: Any) -> list[T]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrpo_core.config import StoreConfig
-from qrpo_core.errors import DamagedError, MissingError, StoreError
+from qrpo_core.errors import AccessError, DamagedError, MissingError, StoreError
 from qrpo_core.records import LOGPROBS
 from qrpo_core.store import block_manifest
 from qrpo_core.store.block_manifest import BlockManifest
 from qrpo_core.store.blocks import Blocks, Run, Runs, missing_runs
 from qrpo_core.store.objects import Objects, open_objects
 from qrpo_core.store.recipe import Recipe
-from tests.faults.rows import RECIPE, commit, fill, read, rows
+from tests.faults.rows import RECIPE, Dying, Killed, commit, fill, read, rows
 
 FIVE = {"p": range(3), "q": range(2)}
 
@@ -199,6 +200,21 @@ class TestCommit:
             assert read(blocks, {"p": (0, 1)}).equals(table.slice(0, 2))
             assert blocks.read_pairs(RECIPE, pairs, LOGPROBS).equals(table.take([3, 0, 1]))
 
+    def test_killed_anywhere_a_block_is_there_whole_or_not_at_all(self, store: StoreConfig) -> None:
+        for changes in count():
+            config = store.model_copy(update={"path": f"{store.path}/{changes}"})
+            objects = open_objects(config)
+            killed = False
+            try:
+                fill(Blocks(Dying(objects, changes)), {"p": range(3)})  # type: ignore[arg-type]
+            except Killed:
+                killed = True
+            assert fill(Blocks(objects), {"p": range(3)}) == (3 if killed else 0)
+            assert read(Blocks(objects), {"p": range(3)}).num_rows == 3
+            if not killed:
+                break
+        assert changes == 3  # the recipe, the data, and the manifest, which makes it real
+
     def test_16_threads_at_the_same_blocks_end_with_one_each(self, store: StoreConfig) -> None:
         def work(_: int) -> int:
             return fill(Blocks(open_objects(store)), {"p": range(8), "q": range(5)}, exact=True)
@@ -330,6 +346,26 @@ class TestDamage:
         assert [aside.entry for aside in blocks.aside()] == [hurt.index]
         assert fill(blocks, FIVE, rows_per_block=3) == 3
         assert read(Blocks(objects), FIVE).equals(before)
+
+    def test_a_store_that_may_only_be_read_is_planned_on(
+        self, objects: Objects, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fill(Blocks(objects), FIVE, rows_per_block=3)
+        damaged = Blocks(objects).committed(RECIPE)
+        objects.write(damaged[0].index, b"")
+        damage(objects, damaged[1].file, "missing")
+
+        def refused(*_: object) -> None:
+            raise AccessError("not allowed")
+
+        monkeypatch.setattr(objects, "create", refused)
+        monkeypatch.setattr(objects, "delete", refused)
+        with caplog.at_level(logging.WARNING, "qrpo.store"):
+            planned = Blocks(objects).plan(RECIPE, FIVE, 8)
+        assert sum(plan.rows for plan in planned) == damaged[0].rows
+        assert "Left out" in caplog.text
+        with pytest.raises(DamagedError, match=r"are lost.*could not be set aside"):
+            read(Blocks(objects), FIVE)
 
     def test_a_manifest_of_a_newer_format_is_left_alone(self, objects: Objects) -> None:
         fill(Blocks(objects), {"p": range(2)})

@@ -12,36 +12,12 @@ from qrpo_core.config import StoreConfig
 from qrpo_core.errors import DamagedError
 from qrpo_core.records import LOGPROBS
 from qrpo_core.store.block_manifest import BlockManifest
-from qrpo_core.store.blocks import Blocks, Compaction, Run, Runs
+from qrpo_core.store.blocks import BlockPlan, Blocks, Compaction, Run, Runs, missing_runs, pack
 from qrpo_core.store.compaction import merged_facts
 from qrpo_core.store.objects import LocalObjects, Objects, open_objects
-from tests.faults.rows import RECIPE, commit, fill, read, rows
+from tests.faults.rows import RECIPE, Dying, Killed, commit, fill, read, rows
 
 WANTED = {"p": range(6), "q": range(3), "r": (1, 5)}
-
-
-class Killed(BaseException):
-    """What a SIGKILL is to the code that it stops."""
-
-
-class Dying:
-    """A back end that stops its process at the nth change."""
-
-    def __init__(self, objects: Objects, changes: int) -> None:
-        self.objects, self.left = objects, changes
-
-    def __getattr__(self, name: str) -> Any:
-        verb = getattr(self.objects, name)
-        if name not in ("write", "create", "delete"):
-            return verb
-
-        def dying(*arguments: Any) -> Any:
-            self.left -= 1
-            if self.left < 0:
-                raise Killed
-            return verb(*arguments)
-
-        return dying
 
 
 def overlapping(objects: Objects, seed: int) -> dict[str, tuple[int, ...]]:
@@ -50,8 +26,8 @@ def overlapping(objects: Objects, seed: int) -> dict[str, tuple[int, ...]]:
     wanted: dict[str, set[int]] = {}
     for value in range(6):
         asked = {key: tuple(sorted(chance.sample(range(5), 2))) for key in chance.sample("pqrs", 2)}
-        # A fresh store's plan: as by runs that saw nothing of each other. Exact, so that no row is left out.
-        (plan,) = Blocks(LocalObjects(objects.root / "none")).plan(RECIPE, asked, 8)  # type: ignore[attr-defined]
+        # As by runs that saw nothing of each other; exact, so that no row is left out.
+        (plan,) = pack(RECIPE, missing_runs(asked, []), 8)
         commit(Blocks(objects), plan, float(value), exact=True)
         for key, indices in asked.items():
             wanted.setdefault(key, set()).update(indices)
@@ -100,6 +76,27 @@ def test_rows_that_are_twice_there_stay_what_they_are(local_store: StoreConfig, 
     stays = done.after > 1  # a name was taken
     assert done.after < there
     assert (sum(block.rows for block in Blocks(objects).committed(RECIPE)) == before.num_rows) or stays
+
+
+def test_a_group_whose_name_is_taken_stays(objects: Objects) -> None:
+    """One block of p:0 and another of p:0 and p:1 that loses p:0: merged, they have its name."""
+    key = next(key for key in "abcdefgh" if _plan(key, 1).id < _plan(key, 2).id)
+    one, two = _plan(key, 1), _plan(key, 2)
+    commit(Blocks(objects), one, 1.0, exact=True)
+    commit(Blocks(objects), two, 2.0, exact=True)
+    assert Blocks(objects).compact(RECIPE, 8) == Compaction(before=2, after=2, rows=0)
+    assert read(Blocks(objects), {key: range(2)})["logprob"].to_pylist() == [1.0, 1.0]
+    # With more in the group it gets another name.
+    fill(Blocks(objects), {"z": range(1)}, exact=True)
+    commit(Blocks(objects), _plan(key, 3, 1), 3.0, exact=True)
+    before = read(Blocks(objects), {key: range(3)})
+    assert Blocks(objects).compact(RECIPE, 8).after == 2
+    assert read(Blocks(objects), {key: range(3)}).equals(before)
+
+
+def _plan(key: str, end: int, first: int = 0) -> BlockPlan:
+    """Rows first .. end - 1 of a key, as planned by one who saw nothing of what is there."""
+    return BlockPlan(RECIPE, (Run(key, first, end - first),))
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -16,7 +16,8 @@ import pytest
 from qrpo_core.config import StoreConfig
 from qrpo_core.errors import AccessError, MissingError, StoreError
 from qrpo_core.store import s3
-from qrpo_core.store.objects import LocalObjects, Objects, S3Objects, open_objects
+from qrpo_core.store.objects import LocalObjects, Objects, open_objects
+from qrpo_core.store.s3 import S3Objects
 
 
 @pytest.fixture

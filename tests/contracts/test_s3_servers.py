@@ -17,7 +17,8 @@ import pytest
 from qrpo_core.config import StoreConfig
 from qrpo_core.errors import AccessError, MissingError, StoreError
 from qrpo_core.store import s3
-from qrpo_core.store.objects import S3Objects, open_objects
+from qrpo_core.store.objects import open_objects
+from qrpo_core.store.s3 import S3Objects
 
 pytestmark = pytest.mark.usefixtures("aws_keys")
 BUCKET = "bucket"
@@ -101,8 +102,10 @@ class FakeServer(BaseHTTPRequestHandler):
         self.send_response_only(status)
         if status != 204:
             self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"e"')
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 class Refuses501(FakeServer):
@@ -123,6 +126,36 @@ class AlwaysSaysNo(FakeServer):
 class Ignores(FakeServer):
     def conditional(self) -> int:
         return 200
+
+
+class ForgetsUploads(FakeServer):
+    """The first completion of an upload is answered 500 and leaves `left_behind`; then the upload is gone."""
+
+    left_behind: bytes | None
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        path, _, query = self.path.partition("?")
+        if query == "uploads":
+            return self.reply(200, b"<R><UploadId>u</UploadId></R>")
+        if "complete" not in self.objects:
+            self.objects["complete"] = b""
+            if self.left_behind is not None:
+                self.objects[path] = self.left_behind
+            return self.reply(500)
+        return self.reply(404, b"<Error><Code>NoSuchUpload</Code></Error>")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        body = self.objects.get(self.path)
+        if body is None:
+            return self.reply(404)
+        if "Range" in self.headers:
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            return self.reply(206, body[int(first) : int(last) + 1])
+        return self.reply(200, body)
 
 
 @pytest.fixture
@@ -162,6 +195,34 @@ def test_moto_keeps_one_of_two_large_files(
     assert objects.create_file(tmp_path / "one", "file")
     assert not objects.create_file(tmp_path / "two", "file")
     assert objects.read("file") == (tmp_path / "one").read_bytes()
+
+
+@pytest.mark.parametrize("theirs", [None, b"somebody else's", "ours"])
+@pytest.mark.parametrize("create", [True, False])
+def test_an_upload_that_is_gone_after_an_answer_was_lost(
+    create: bool,
+    theirs: bytes | str | None,
+    fake: Callable[[type[FakeServer]], S3Objects],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose object is there then is seen from its content."""
+    monkeypatch.setattr(s3, "PART", 1000)
+    source = tmp_path / "file"
+    source.write_bytes(bytes(range(250)) * 10)
+    objects = fake(ForgetsUploads)
+    monkeypatch.setattr(objects, "_check_multipart", lambda: None)
+    ForgetsUploads.left_behind = source.read_bytes() if theirs == "ours" else theirs
+    put = objects.create_file if create else objects.upload
+    if theirs == "ours":
+        assert put(source, "file") in (True, None)
+        assert objects.read("file") == source.read_bytes()
+    elif create and theirs is not None:
+        assert not put(source, "file")
+    else:
+        with pytest.raises(StoreError, match="upload is gone") as error:
+            put(source, "file")
+        assert not isinstance(error.value, MissingError)
 
 
 @pytest.mark.slow

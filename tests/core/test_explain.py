@@ -135,10 +135,10 @@ def test_what_is_not_there_yet_is_said(steps: Any, settings: dict[str, Any]) -> 
     assert section["notes"] == ["3 of 3 not drawn yet", "not ranked yet"]
     assert text_of(explain(workspace, f"{prompt}:0")).count("not yet") == 4  # artifacts, the prompts included
     samples, rewards = known_chain(workspace).first.row_steps
-    assert fill(workspace, samples) > 0
+    fill(workspace, samples)
     (section,) = explain(workspace, prompt)["draws"]
     assert section["notes"] == ["3 of 3 not scored yet", "not ranked yet"]
-    assert fill(workspace, rewards) > 0
+    fill(workspace, rewards)
     known_chain(workspace).first.build_quantiles()
     (section,) = explain(workspace, f"{prompt}:0")["draws"]
     assert section["notes"] == ["no training set yet, so no targets"]

@@ -25,22 +25,6 @@ from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
-#: What a run imports; the fork server imports it once for all runs.
-PRELOAD = [
-    "flows.precompute",
-    "qrpo_core.preflight",
-    "qrpo_core.data.chat",
-    "qrpo_core.engines.fake",
-    "qrpo_core.engines.hf",
-    "qrpo_core.rewards.dense",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.modeling_gguf_pytorch_utils",
-    "pandas",  # pyarrow imports it at its first conversion
-    "pyarrow.dataset",
-    "botocore.session",
-]
-
 #: Exit statuses are those of the command line.
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 

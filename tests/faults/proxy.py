@@ -12,12 +12,14 @@ that signatures stay right. Each request meets at most one fault: the first one 
 is not used up. Kinds:
 
 ``slow_down``    503 SlowDown; the server does not see the request
+``server_error`` 500 InternalError; the server does not see the request
 ``forbidden``    403 AccessDenied; the server does not see the request
 ``silence``      no answer until the client gives up; the server does not see the request
 ``cut_request``  the connection is reset after `after` bytes of the request's body; the server sees nothing
 ``lost_answer``  the server does what it is asked, and the connection is reset before its answer
 ``cut_answer``   the connection is reset after the answer's header and `after` bytes of its body
 ``short_answer`` the same, but closed in good order: nothing but the announced length tells
+``hurt_answer``  one bit of the answer's body changes, the first after `after` bytes
 ``old_listing``  ListObjectsV2 answers as it did at least `seconds` ago (or the first time, if that is later)
 """
 
@@ -33,13 +35,18 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-_ANSWERS = {"slow_down": (503, "SlowDown"), "forbidden": (403, "AccessDenied")}
-_KINDS = (*_ANSWERS, "silence", "cut_request", "lost_answer", "cut_answer", "short_answer", "old_listing")
+_ANSWERS = {
+    "slow_down": (503, "SlowDown"),
+    "server_error": (500, "InternalError"),
+    "forbidden": (403, "AccessDenied"),
+}
+_CUTS = ("cut_answer", "short_answer")
+_KINDS = (*_ANSWERS, *_CUTS, "silence", "cut_request", "lost_answer", "hurt_answer", "old_listing")
 
 
 @dataclass
@@ -195,6 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(answer)
         elif fault.kind == "old_listing":
             self._answer(self.server.proxy.old(self.path, fault.seconds, answer))
+        elif fault.kind == "hurt_answer":
+            body = bytearray(answer.body)
+            body[fault.after] ^= 1
+            self._answer(replace(answer, body=bytes(body)))
         elif fault.kind == "lost_answer":
             self._reset()
         else:

@@ -1,4 +1,4 @@
-"""Rows for tests of the store: small, and known in advance, so that every loss and every mix-up is seen."""
+"""Rows for tests of the store, known in advance so that every loss and mix-up is seen, and a sudden death."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from qrpo_core.records import LOGPROBS
 from qrpo_core.store.blocks import BlockManifest, BlockPlan, Blocks, Wanted
+from qrpo_core.store.objects import Objects
 from qrpo_core.store.recipe import Recipe
 
 RECIPE = Recipe("logprob", 1, {"precision": "fp32"}, {"policy": "p"})
@@ -43,3 +44,27 @@ def fill(blocks: Blocks, wanted: Wanted, rows_per_block: int = 4, **facts: Any) 
 def read(blocks: Blocks, wanted: Wanted) -> pa.Table:
     """The rows of `wanted`."""
     return blocks.read(RECIPE, wanted, LOGPROBS)
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the code that it stops."""
+
+
+class Dying:
+    """A back end that stops its process at the nth change."""
+
+    def __init__(self, objects: Objects, changes: int) -> None:
+        self.objects, self.left = objects, changes
+
+    def __getattr__(self, name: str) -> Any:
+        verb = getattr(self.objects, name)
+        if name not in ("write", "create", "delete"):
+            return verb
+
+        def dying(*arguments: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+            return verb(*arguments)
+
+        return dying

@@ -9,7 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tests.faults.driver import DONE, Job
 PATIENCE = 60.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(driver.PRELOAD)
+_ROOT = Path(__file__).parents[2]
 
 
 def settings(folder: Path, model: Path, prompts: int = 9) -> dict[str, Any]:
@@ -146,6 +147,7 @@ class Scene:
         }
         number = len(self.runs) + 1
         asked = Job(experiment, self.folder, number, environment, **{"seed": number, **job})
+        _start_fork_server()
         process = _context.Process(target=driver.main, args=(asked,), daemon=True)
         process.start()
         self.runs.append(Run(asked, process, time.monotonic()))
@@ -221,6 +223,21 @@ class Scene:
 
     def _parsed(self, references: int) -> Experiment:
         return parse_experiment(self.experiment(references))
+
+
+@cache
+def _start_fork_server() -> None:
+    """A process that has imported everything, of which each run is a fork."""
+    _context.set_forkserver_preload(["tests.faults.preload"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), before]))  # it is told no other way
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def counted(places: Counter[str]) -> str:
