@@ -151,6 +151,8 @@ def _command(folder: Path, config: Path, ports: list[int]) -> list[str]:
         f"-{name if '.' in name else name + '.port'}={port}" for name, port in zip(names, ports, strict=True)
     ]
     address = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}"]
+    # Two services of fixed ports: with them, one server a machine.
+    address += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     quick = [
         "-master.electionTimeout=1s",
         "-master.telemetry=false",
