@@ -121,6 +121,7 @@ def run(store: StoreConfig, case: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--note", default="", help="kept with the result, such as what else was running")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -130,6 +131,7 @@ def main() -> None:
     result = {
         "benchmark": "Blocks.plan: 1M prompts x 16, 14.4M rows present in blocks of 8192 rows",
         "goal": {"seconds": 60.0, "peak_rss_gb": 4.0, "cores": 2},
+        "note": arguments.note,
         "hardware": hardware(),
         "versions": {
             "python": platform.python_version(),

@@ -204,10 +204,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--note", default="", help="kept with the result, such as what else was running")
     arguments = parser.parse_args()
     result = {
         "benchmark": "Blocks.commit and Blocks.read beside plain pyarrow: blocks of 8192 rows",
         "goal": {"our_rate_to_plain": 0.8},
+        "note": arguments.note,
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), "pyarrow": pa.__version__},
         "command": "python benchmarks/store_throughput.py " + " ".join(sys.argv[1:]),

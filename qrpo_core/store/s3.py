@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import botocore.session
 from botocore.config import Config
@@ -28,6 +28,7 @@ T = TypeVar("T")
 PART = 16 << 20
 _PARTS_AT_ONCE = 8
 _MOST_PARTS = 10_000  # S3's limit
+LARGEST_PUT = 5 << 30  # S3's limit
 _CONNECTIONS = 32
 
 
@@ -59,19 +60,7 @@ class S3Objects:
         self._call(key, lambda _: self.client.put_object(**self._at(key), Body=data))
 
     def create(self, key: str, data: bytes) -> bool:
-        attempts = 0
-
-        def put(attempt: int) -> None:
-            nonlocal attempts
-            attempts = attempt + 1
-            self.client.put_object(**self._at(key), Body=data, IfNoneMatch="*")
-
-        try:
-            self._call(key, put)
-        except ExistsError:
-            # The answer to an earlier attempt may have been lost: then what is there is ours.
-            return attempts > 1 and self.read(key) == data
-        return True
+        return self._create(key, lambda: self._put(key, data), lambda: self.read(key) == data)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         found: list[Entry] = []
@@ -108,10 +97,19 @@ class S3Objects:
             self._multipart(source, key, {})
 
     def create_file(self, source: Path, key: str) -> bool:
-        if _size(source) <= 2 * PART:
-            return self.create(key, source.read_bytes())
-        self._check_multipart()
-        return self._multipart(source, key, {"IfNoneMatch": "*"})
+        """As the protocol says. Up to 5 GB it is one put and not parts, though they have a condition, too.
+
+        SeaweedFS 4.48 grants that of several uploads that complete at once: 9 of 25 races had 2 or 3 winners.
+        """
+        if _size(source) > LARGEST_PUT:
+            self._check_multipart()
+            return self._multipart(source, key, {"IfNoneMatch": "*"})
+
+        def put() -> None:
+            with source.open("rb") as file:
+                self._put(key, file)
+
+        return self._create(key, put, lambda: self._same(source, key))
 
     def download(self, key: str, target: Path) -> None:
         head = self._head(key)
@@ -136,6 +134,25 @@ class S3Objects:
 
     def check_conditional(self) -> None:
         probe(self)
+
+    def _put(self, key: str, body: bytes | BinaryIO) -> None:
+        self.client.put_object(**self._at(key), Body=body, IfNoneMatch="*")
+
+    def _create(self, key: str, put: Callable[[], None], is_ours: Callable[[], bool]) -> bool:
+        """Put under the condition. is_ours : whether the object that is there has our content."""
+        attempts = 0
+
+        def attempt(before: int) -> None:
+            nonlocal attempts
+            attempts = before + 1
+            put()
+
+        try:
+            self._call(key, attempt)
+        except ExistsError:
+            # The answer to an earlier attempt may have been lost: then what is there is ours.
+            return attempts > 1 and is_ours()
+        return True
 
     def _multipart(self, source: Path, key: str, condition: dict[str, str]) -> bool:
         """Upload in parts. False: the condition found somebody else's object there."""

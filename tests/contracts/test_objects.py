@@ -96,8 +96,12 @@ class TestObjects:
         assert not objects.create_file(two, "file")
         assert objects.read("file") == one.read_bytes()
 
+    @pytest.mark.parametrize("largest_put", [0, s3.LARGEST_PUT])
     @pytest.mark.usefixtures("small_parts")
-    def test_a_large_file_travels_in_parts(self, objects: Objects, tmp_path: Path) -> None:
+    def test_a_large_file(
+        self, objects: Objects, tmp_path: Path, largest_put: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3, "LARGEST_PUT", largest_put)
         one, two = large_file(tmp_path / "one", 12 << 20), large_file(tmp_path / "two", 11 << 20)
         assert objects.create_file(one, "file")
         assert not objects.create_file(two, "file")

@@ -126,6 +126,7 @@ def test_a_large_file_survives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(s3, "PART", 5 << 20)
+    monkeypatch.setattr(s3, "LARGEST_PUT", 0)
     source = tmp_path / "source"
     source.write_bytes(DATA * 130)
     method = "PUT" if path.startswith("part") else "POST"
@@ -140,6 +141,22 @@ def test_a_large_file_survives(
         objects.download("larger", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == source.read_bytes()
         assert proxy.injected[answer] == 1
+
+
+@pytest.mark.parametrize("kind", ["slow_down", "lost_answer", "cut_request"])
+def test_a_large_file_in_one_put_survives(
+    kind: str, objects: Objects, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(DATA * 130)
+    proxy.inject(Fault(kind, "PUT", after=1000, times=2))
+    assert objects.create_file(source, "large")
+    proxy.inject(Fault(kind, "PUT", after=1000, times=2))
+    (tmp_path / "other").write_bytes(DATA * 131)
+    assert not objects.create_file(tmp_path / "other", "large")
+    objects.download("large", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    assert proxy.injected[kind] == 4
 
 
 def test_what_goes_on_is_given_up_in_time(s3_store: StoreConfig, proxy: FaultProxy) -> None:

@@ -79,13 +79,14 @@ class FakeServer(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     objects: dict[str, bytes]
+    code = ""
 
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         status = self.conditional() if "If-None-Match" in self.headers else 200
         if status == 200:
             self.objects[self.path] = body
-        self.reply(status)
+        self.reply(status, f"<Error><Code>{self.code}</Code></Error>".encode() if status == 409 else b"")
 
     def do_GET(self) -> None:
         self.reply(200 if self.path in self.objects else 404, self.objects.get(self.path, b""))
@@ -121,6 +122,16 @@ class Refuses400(FakeServer):
 class AlwaysSaysNo(FakeServer):
     def conditional(self) -> int:
         return 412
+
+
+class Conflicts(FakeServer):
+    """As AWS may, when two conditional puts are under way at once: try again, it says."""
+
+    code = "ConditionalRequestConflict"
+
+    def conditional(self) -> int:
+        self.objects["asked"] = self.objects.get("asked", b"") + b"."
+        return 409 if len(self.objects["asked"]) < 3 else 200
 
 
 class Ignores(FakeServer):
@@ -188,6 +199,7 @@ def test_moto_keeps_one_of_two_large_files(
     moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_bucket(moto)
+    monkeypatch.setattr(s3, "LARGEST_PUT", 0)
     monkeypatch.setattr(s3, "PART", 5 << 20)
     objects = open_objects(store_at(moto))
     (tmp_path / "one").write_bytes(b"1" * (11 << 20))
@@ -208,6 +220,7 @@ def test_an_upload_that_is_gone_after_an_answer_was_lost(
 ) -> None:
     """Whose object is there then is seen from its content."""
     monkeypatch.setattr(s3, "PART", 1000)
+    monkeypatch.setattr(s3, "LARGEST_PUT", 0)
     source = tmp_path / "file"
     source.write_bytes(bytes(range(250)) * 10)
     objects = fake(ForgetsUploads)
@@ -240,6 +253,7 @@ def test_nanio_ignores_the_condition_of_multipart_uploads_too(
     nanio: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "PART", 5 << 20)
+    monkeypatch.setattr(s3, "LARGEST_PUT", 0)
     objects = open_objects(store_at(nanio))
     (tmp_path / "file").write_bytes(b"1" * (11 << 20))
     with pytest.raises(StoreError, match="ignores the condition of multipart uploads"):
@@ -263,6 +277,13 @@ def test_a_server_that_refuses_the_condition_is_refused(
         fake(kind).check_conditional()
     assert "SeaweedFS" in str(error.value)
     assert kind.objects == {}
+
+
+def test_a_conflict_of_conditional_puts_is_tried_again(
+    fake: Callable[[type[FakeServer]], S3Objects],
+) -> None:
+    assert fake(Conflicts).create("x", b"x")
+    assert Conflicts.objects["asked"] == b"..."
 
 
 def test_a_server_that_never_grants_the_condition_is_refused(
