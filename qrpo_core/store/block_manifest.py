@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
+
+import orjson
 
 from qrpo_core import __version__
 from qrpo_core.errors import DamagedError, StoreError
@@ -86,7 +87,7 @@ def from_json(data: bytes, index: str, where: str) -> BlockManifest:
     The block's name is a digest of its rows, so a manifest that was hurt cannot claim rows it never had.
     """
     try:
-        raw = json.loads(data)
+        raw = orjson.loads(data)
         if raw.pop("format") != FORMAT:
             raise StoreError("block manifest of another format", where=where, remedy="upgrade qrpo")
         _, step, key, _, name = index.split("/")

@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 
 from qrpo_core.config import StoreConfig
 from qrpo_core.errors import AccessError, DamagedError, MissingError, StoreError
+from qrpo_core.ids import digest_json
 from qrpo_core.records import LOGPROBS
 from qrpo_core.store import block_manifest
 from qrpo_core.store.block_manifest import BlockManifest
 from qrpo_core.store.blocks import Blocks, Run, Runs, missing_runs
 from qrpo_core.store.objects import Objects, open_objects
+from qrpo_core.store.planning import block_id
 from qrpo_core.store.recipe import Recipe
 from tests.faults.rows import RECIPE, Dying, Killed, commit, fill, read, rows
 
@@ -490,6 +492,11 @@ def test_runs_read_like_a_list_of_runs() -> None:
     assert (len(runs), len(Runs())) == (2, 0)
     assert runs == Runs(iter(list(runs)))
     assert runs != Runs([("p", 0, 3), ("q", 2, 2)])
+
+
+@given(st.text(), st.lists(st.tuples(st.text(), st.integers(0, 2**31), st.integers(1, 2**31))))
+def test_a_block_is_named_as_any_json_is(key: str, runs: list[tuple[str, int, int]]) -> None:
+    assert block_id(key, runs) == digest_json([key, runs])
 
 
 _SCATTERED = st.sets(st.integers(0, 25)).map(lambda found: tuple(sorted(found)))

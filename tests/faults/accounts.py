@@ -150,7 +150,7 @@ class Outcome:
 
     lost : rows that were committed and are not in the store any more.
     twice, in_flight, destroyed : as in `Account`. wrong : rows that are not those of an undisturbed run, in
-        any block or in the training set.
+        any block or in the training set; and those of blocks that were seen in part.
     """
 
     fault: str

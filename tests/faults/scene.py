@@ -160,11 +160,14 @@ class Scene:
         return status
 
     def look(self) -> None:
-        """Write down which rows are in the store now, while nobody writes."""
+        """Write down which rows are in the store now, while nobody writes, and which blocks are not whole."""
         for step, index, manifest in blocks_in(self.objects):
-            hurt = index in self._hurt and self._hurt[index] == self.objects.read(index)
-            if not hurt and whole(self.objects, manifest):
+            if self._hurt.get(index) == self.objects.read(index):
+                continue
+            if whole(self.objects, manifest):
                 self.journal.note("found", step=step, rows=rows_of(manifest))
+            elif index not in self._hurt:
+                self.journal.note("half", step=step, rows=rows_of(manifest))
 
     def hurt(
         self, block: tuple[str, str, dict[str, Any]], part: str, how: Callable[[Objects, str], None]
@@ -172,8 +175,7 @@ class Scene:
         """Damage a block of `blocks_in`: its "file" or its "index"; and write down that its rows are lost."""
         step, index, manifest = block
         how(self.objects, index if part == "index" else manifest["file"])
-        if part == "index" and self.objects.exists(index):
-            self._hurt[index] = self.objects.read(index)
+        self._hurt[index] = self.objects.read(index) if self.objects.exists(index) else b""
         self.journal.note("destroyed", step=step, rows=rows_of(manifest))
 
     def repair(self) -> int:
@@ -201,6 +203,7 @@ class Scene:
         books, truth = account(self.journal), self.truth.rows(references)
         present = list(contents(self.objects))
         wrong = sum(row not in truth or not same(row[0], value, truth[row]) for row, value in present)
+        wrong += sum(len(event["rows"]) for event in self.journal if event["did"] == "half")
         there = {row for row, _ in present}
         lost = len(books.committed - there)
         assert truth.keys() <= there, f"{len(truth.keys() - there)} rows are not there though the run is done"

@@ -10,9 +10,9 @@ from tests.faults.scenarios import Ground
 pytestmark = pytest.mark.slow
 
 
-def test_sigkill_at_10_random_moments(bucket: Ground) -> None:
-    outcome = scenarios.sigkills(bucket, 10, seed=0).check()
-    assert outcome.injected == 10
+def test_sigkill_at_20_random_moments(bucket: Ground) -> None:
+    outcome = scenarios.sigkills(bucket, 20, seed=0).check()
+    assert outcome.injected == 20
     for stage in ("sampling", "annotation", "log-probs", "commit"):
         assert stage in outcome.detail, outcome
 

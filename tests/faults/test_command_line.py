@@ -18,9 +18,12 @@ from qrpo_core.config import StoreConfig
 from qrpo_core.store.objects import open_objects
 from tests.faults.accounts import Row, contents
 from tests.faults.driver import INTERRUPTED
-from tests.faults.scene import PATIENCE, Scene, Truth, settings
+from tests.faults.scene import Scene, Truth, settings
 
 pytestmark = pytest.mark.slow
+
+#: The longest that a step of a run may take on a busy machine, seconds.
+PATIENCE = 120.0
 
 
 @pytest.fixture
