@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 
 import pyarrow as pa
@@ -40,8 +40,7 @@ class BlockData:
         """
         tables: dict[str, pa.Table] = {}
         for _ in range(_LISTINGS):
-            blocks = [block for block in self.index.committed(recipe) if not keys.isdisjoint(block.runs.keys)]
-            failed = self._read(tables, [block for block in blocks if block.index not in tables], schema)
+            blocks, failed = self._read(tables, recipe, keys, schema)
             lost = [(block, why) for block, why in failed if self.index.holds(block)]
             if lost:
                 raise self.set_aside(lost)
@@ -111,9 +110,12 @@ class BlockData:
         )
 
     def _read(
-        self, tables: dict[str, pa.Table], blocks: Collection[BlockManifest], schema: pa.Schema
-    ) -> list[tuple[BlockManifest, str]]:
-        """Read blocks into `tables` by their index entry; returns those that failed, and why."""
+        self, tables: dict[str, pa.Table], recipe: Recipe, keys: Set[str], schema: pa.Schema
+    ) -> tuple[list[BlockManifest], list[tuple[BlockManifest, str]]]:
+        """Read the blocks that hold one of the keys and are not in `tables` into it, by their index entry.
+
+        Returns the blocks, and those that failed, and why. Data is read while manifests are still coming.
+        """
 
         def one(block: BlockManifest) -> str:
             try:
@@ -123,9 +125,16 @@ class BlockData:
             tables[block.index] = check_table(table, schema, block.file)
             return ""
 
+        blocks: list[BlockManifest] = []
+        reading: list[tuple[BlockManifest, Future[str]]] = []
         with ThreadPoolExecutor(_THREADS) as pool:
-            reasons = list(pool.map(one, blocks))
-        return [(block, why) for block, why in zip(blocks, reasons, strict=True) if why]
+            for block in self.index.stream(recipe):
+                if keys.isdisjoint(block.runs.keys):
+                    continue
+                blocks.append(block)
+                if block.index not in tables:
+                    reading.append((block, pool.submit(one, block)))
+        return blocks, [(block, why) for block, done in reading if (why := done.result())]
 
 
 def _damage(block: BlockManifest, data: bytes, check: bool) -> str:

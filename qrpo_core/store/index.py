@@ -37,10 +37,14 @@ class BlockIndex:
 
     def committed(self, recipe: Recipe) -> list[BlockManifest]:
         """Every committed block of a recipe, by block id. A manifest that cannot be read is set aside."""
+        return list(self.stream(recipe))
+
+    def stream(self, recipe: Recipe) -> Iterator[BlockManifest]:
+        """The same one by one as they arrive, for work that can begin before the last."""
         listed = self.listed(recipe)
         unlisted = sorted(entry for entry in self._unlisted(recipe, listed) if self.objects.exists(entry))
         self._vouched.difference_update(listed)
-        return list(self._load_all(sorted([*listed, *unlisted])))
+        yield from self._load_all(sorted([*listed, *unlisted]))
 
     def listed(self, recipe: Recipe) -> list[str]:
         """Object keys of a recipe's manifests, as the listing has them, sorted."""
@@ -129,14 +133,17 @@ class BlockIndex:
         return {entry for entry in self._vouched if entry.startswith(folder)}.difference(listed)
 
     def _load_all(self, entries: list[str]) -> Iterator[BlockManifest]:
-        """The manifests of index entries; those new to this process are read side by side."""
-        new = [entry for entry in entries if entry not in self._known]
+        """The manifests of index entries, in their order; those new to this process are read side by side."""
         with ThreadPoolExecutor(_THREADS) as pool:
-            for first in range(0, len(new), _BATCH):
-                batch = new[first : first + _BATCH]
-                for entry, content in zip(batch, pool.map(self._content, batch), strict=True):
-                    self._learn(entry, content)  # here: parsing is work, of which threads do no more
-        return (self._known[entry] for entry in entries if entry in self._known)
+            for first in range(0, len(entries), _BATCH):
+                batch = entries[first : first + _BATCH]
+                new = dict.fromkeys(entry for entry in batch if entry not in self._known)
+                contents = pool.map(self._content, new)
+                for entry in batch:
+                    if entry in new:  # parsed here: it is work, of which threads do no more
+                        self._learn(entry, next(contents))
+                    if entry in self._known:
+                        yield self._known[entry]
 
     def _content(self, entry: str) -> bytes | None:
         try:

@@ -154,7 +154,9 @@ def test_two_runs_at_once_each_have_a_server_and_record_everything(
         out, err = run.communicate(timeout=200)
         said = {k: v for line in out.splitlines() for k, v in json.loads(line).items()}
         assert run.returncode == 0, err
-        assert err == ""  # the console is quiet, what the flow raises is for its caller to tell
+        # The console is quiet: what the flow raises is for its caller to tell. A server on a busy machine may
+        # keep the client waiting at the end, which says so.
+        assert [line for line in err.splitlines() if "Still processing items" not in line] == []
         assert said["raised"] == "no [here]"
         assert said["result"] == [[0, 1], [2, 3], [4, 5]]
         assert fact["light"]  # the server boots before Prefect is imported
