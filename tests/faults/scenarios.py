@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -118,19 +119,30 @@ def commit_kills(ground: Ground, kills: int, seed: int) -> Outcome:
 
 
 def interrupts(ground: Ground, times: int, seed: int) -> Outcome:
-    """SIGINT at random moments: status 130, and a next run goes on."""
+    """SIGINT at random moments: status 130, and a next run goes on.
+
+    A run that was done before the signal came counts for nothing; then another store is begun.
+    """
     rng = random.Random(seed)
-    scene = ground.scene()
-    for number in range(times):
-        run = scene.start(seed=rng.randrange(1 << 30))
-        run.reaches(_BLOCKS[number % len(_BLOCKS)])
-        time.sleep(rng.uniform(0, 0.04))
-        assert run.process.pid is not None
-        os.kill(run.process.pid, signal.SIGINT)
-        status = run.wait()
-        assert status == INTERRUPTED, (status, run.printed)
-        scene.look()
-    return scene.close("Ctrl-C", times)
+    outcomes: list[Outcome] = []
+    left = times
+    while left:
+        scene, before = ground.scene(), left
+        while left:
+            run = scene.start(seed=rng.randrange(1 << 30))
+            run.reaches(_BLOCKS[left % len(_BLOCKS)])
+            time.sleep(rng.uniform(0, 0.04))
+            assert run.process.pid is not None
+            with suppress(ProcessLookupError):
+                os.kill(run.process.pid, signal.SIGINT)
+            status = run.wait()
+            scene.look()
+            if status == DONE:
+                break
+            assert status == INTERRUPTED, (status, run.printed)
+            left -= 1
+        outcomes.append(scene.close("Ctrl-C", before - left))
+    return total(outcomes)
 
 
 def race(ground: Ground, processes: int = 16, *, until: str = "") -> Outcome:
