@@ -119,29 +119,37 @@ def commit_kills(ground: Ground, kills: int, seed: int) -> Outcome:
 
 
 def interrupts(ground: Ground, times: int, seed: int) -> Outcome:
-    """SIGINT at random moments: status 130, and a next run goes on.
-
-    A run that was done before the signal came counts for nothing; then another store is begun.
-    """
+    """SIGINT at random moments: status 130, and a next run goes on."""
     rng = random.Random(seed)
+
+    def interrupt(scene: Scene, number: int) -> bool:
+        run = scene.start(seed=rng.randrange(1 << 30))
+        run.reaches(_BLOCKS[number % len(_BLOCKS)])
+        time.sleep(rng.uniform(0, 0.04))
+        assert run.process.pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(run.process.pid, signal.SIGINT)
+        status = run.wait()
+        scene.look()
+        assert status in (DONE, INTERRUPTED), (status, run.printed)
+        return status == INTERRUPTED
+
+    return _often(ground, "Ctrl-C", times, interrupt)
+
+
+def _often(ground: Ground, fault: str, times: int, inject: Callable[[Scene, int], bool]) -> Outcome:
+    """A fault so many times, one run after the other.
+
+    inject : returns False where the run was done before the fault could come; that counts for nothing, and
+        another store is begun.
+    """
     outcomes: list[Outcome] = []
-    left = times
-    while left:
-        scene, before = ground.scene(), left
-        while left:
-            run = scene.start(seed=rng.randrange(1 << 30))
-            run.reaches(_BLOCKS[left % len(_BLOCKS)])
-            time.sleep(rng.uniform(0, 0.04))
-            assert run.process.pid is not None
-            with suppress(ProcessLookupError):
-                os.kill(run.process.pid, signal.SIGINT)
-            status = run.wait()
-            scene.look()
-            if status == DONE:
-                break
-            assert status == INTERRUPTED, (status, run.printed)
-            left -= 1
-        outcomes.append(scene.close("Ctrl-C", before - left))
+    number = 0
+    while number < times:
+        scene, before = ground.scene(), number
+        while number < times and inject(scene, number):
+            number += 1
+        outcomes.append(scene.close(fault, number - before))
     return total(outcomes)
 
 
@@ -245,15 +253,19 @@ def damaged_artifacts(ground: Ground, seed: int) -> Outcome:
 def full_disk(ground: Ground, times: int, seed: int) -> Outcome:
     """From a random moment on no file can grow: the run ends with one line; with room the next goes on."""
     rng = random.Random(seed)
-    scene = ground.scene()
-    for number in range(times):
+
+    def fill(scene: Scene, number: int) -> bool:
         place = (_BLOCKS[number % len(_BLOCKS)], "", rng.randint(1, 20))
         run = scene.start(seed=rng.randrange(1 << 30), full=place)
         status = run.wait()
         scene.look()
+        if status == DONE:
+            return False
         assert status == REFUSED, (status, run.printed)
         one_line(run, "the disk is full", "make room")
-    return scene.close("a full disk", times)
+        return True
+
+    return _often(ground, "a full disk", times, fill)
 
 
 def small_disk(ground: Ground, folder: Path, grow: Callable[[], None]) -> Outcome:
