@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -47,3 +48,15 @@ def test_no_python_file_is_longer_than_350_lines() -> None:
     files = [path for top in ("flows", "tasks", "qrpo_core") for path in (ROOT / top).rglob("*.py")]
     long = {str(path): count for path in files if (count := len(path.read_text().splitlines())) > 350}
     assert not long
+
+
+def test_the_table_of_faults_is_the_benchmarks() -> None:
+    outcomes = json.loads((ROOT / "benchmarks" / "results" / "faults.json").read_text())["outcomes"]
+    names = ("fault", "back_end", "injected", "bought", "lost", "twice", "in_flight", "destroyed", "wrong")
+    rows = [
+        "| " + " | ".join(str(each[name]) for name in names) + " |" for each in outcomes if each["injected"]
+    ]
+    assert "\n".join(rows) in (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert {each["back_end"] for each in outcomes} == {"directory", "S3"}
+    assert all(each["lost"] == each["wrong"] == 0 for each in outcomes)
+    assert all(each["twice"] == each["in_flight"] + each["destroyed"] for each in outcomes)
