@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 TRL_VENV := .venv-trl
+VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic test test-fast lint serve bench bench-trl lock clean
+.PHONY: help install vllm-env demo arithmetic test test-fast lint serve bench bench-trl bench-vllm lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +22,17 @@ $(STAMP): pyproject.toml requirements.lock
 	@touch $(STAMP)
 
 install: $(STAMP)  ## create .venv and install the tested versions
+
+# The engine vllm on a machine without GPU, in an environment of its own: it pins another torch and fastapi.
+# Without dependencies, since vLLM asks for builds of torchvision and torchaudio that need CUDA; the lock has
+# the rest. torch must come as its CPU build. With GPUs: pip install vllm in any environment, vllm.python.
+vllm-env: $(VLLM_VENV)/.installed  ## create .venv-vllm for the engine vllm on the CPU
+
+$(VLLM_VENV)/.installed: requirements-vllm.lock
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock
+	$(VLLM_VENV)/bin/python -I -c "import torch, vllm"
+	@touch $@
 
 demo: $(STAMP)  ## align SmolLM2-135M for positive replies on this machine, end to end
 	$(BIN)/qrpo run experiments/demo.yaml
@@ -44,13 +56,16 @@ serve: $(STAMP)  ## a Prefect server with its UI on http://127.0.0.1:4200
 	$(BIN)/python -m flows.server
 
 bench: $(STAMP)  ## benchmarks; results land in benchmarks/results/
-	for script in $(filter-out benchmarks/_% benchmarks/training_vs_trl.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/_% benchmarks/training_vs_trl.py benchmarks/vllm_sampling.py,$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script || exit 1; done
 
 # Beside TRL, which lives in an environment of its own and knows nothing of our package. About ten minutes.
 bench-trl: $(STAMP) $(TRL_VENV)/.installed  ## training steps beside TRL's DPOTrainer: tokens/s and memory
 	$(BIN)/python benchmarks/training_vs_trl.py --trl-python $(TRL_VENV)/bin/python \
 		--output benchmarks/results/training_vs_trl.json
+
+bench-vllm: $(STAMP) vllm-env  ## sampling beside bare LLM.generate: tokens/s
+	$(BIN)/python benchmarks/vllm_sampling.py --output benchmarks/results/vllm_sampling.json
 
 $(TRL_VENV)/.installed:
 	@test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
@@ -61,5 +76,5 @@ $(TRL_VENV)/.installed:
 lock: $(STAMP)  ## write requirements.lock from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^nvidia-' | sed -E 's/\+cpu//' > requirements.lock
 
-clean:  ## remove .venv, .venv-trl and the store of this checkout
-	rm -rf $(VENV) $(TRL_VENV) .qrpo
+clean:  ## remove .venv, .venv-trl, .venv-vllm and the store of this checkout
+	rm -rf $(VENV) $(TRL_VENV) $(VLLM_VENV) .qrpo

@@ -71,7 +71,7 @@ def fill(store: StoreConfig, case: str) -> dict[str, int]:
     objects = open_objects(store)
     counts = {"blocks": 0, "runs": 0, "manifest_bytes": 0, "rows": 0}
 
-    def write(plan: BlockPlan) -> None:
+    def write(plan: BlockPlan) -> tuple[BlockPlan, int]:
         data = to_json(make_manifest(plan, digest_json(plan.id) * 2, 1_000_000, 300.0, {"exact": True}))
         local = objects.local(plan.index)
         if local is None:
@@ -79,13 +79,15 @@ def fill(store: StoreConfig, case: str) -> dict[str, int]:
         else:  # unsynced: this is not what is measured
             local.parent.mkdir(parents=True, exist_ok=True)
             local.write_bytes(data)
-        counts["blocks"] += 1
-        counts["runs"] += len(plan.runs)
-        counts["rows"] += plan.rows
-        counts["manifest_bytes"] += len(data)
+        return plan, len(data)
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, pack(RECIPE, runs(case), ROWS_PER_BLOCK)))
+        for plan, size in pool.map(write, pack(RECIPE, runs(case), ROWS_PER_BLOCK)):
+            counts["blocks"] += 1
+            counts["runs"] += len(plan.runs)
+            counts["rows"] += plan.rows
+            counts["manifest_bytes"] += size
+    assert counts["rows"] == PRESENT
     return counts
 
 

@@ -22,12 +22,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import gc
 import importlib
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qrpo_core.die_with_parent import die_with_parent
 from qrpo_core.errors import ConfigError, QRPOError
 
 #: What a Prefect server of ours is started with, unless the environment says otherwise. Batches (default 1)
@@ -291,10 +290,7 @@ def _configured_url() -> str | None:
 
 def _child(listener: str, parent: str) -> None:
     """The child's life: serve on the socket it was handed until it is told to stop, or its parent dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):  # it died before it could be watched
-            return
+    die_with_parent(int(parent))
     _serve(socket.socket(fileno=int(listener)))
 
 

@@ -129,5 +129,9 @@ def _shares(more: Mapping[str, int], prompts: int, workspace: Workspace, samples
     rows.append(("0", f"{prompts - len(more):,}"))
     rate = workspace.blocks.rate(samples.recipe)
     total = sum(more.values())
-    time = "" if rate is None or not total else f", about {duration(total / rate)} of sampling at the measured rate"
+    time = (
+        ""
+        if rate is None or not total
+        else f", about {duration(total / rate)} of sampling at the measured rate"
+    )
     return [*table(rows), "", f"{total:,} rows in all{time}."]

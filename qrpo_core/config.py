@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from qrpo_core.engines.config import EndpointConfig, ParityConfig, SamplingConfig, VllmConfig
+from qrpo_core.rewards.config import RewardConfig, WeightedTerm
 from qrpo_core.section import (
     NonNegativeFloat,
     PositiveFloat,
@@ -23,10 +25,12 @@ from qrpo_core.section import (
 from qrpo_core.train.config import ObjectiveConfig, RoundsConfig, TrainingConfig, TrainingDataConfig
 
 __all__ = [
+    "EndpointConfig",
     "EvaluationConfig",
     "Experiment",
     "ModelConfig",
     "ObjectiveConfig",
+    "ParityConfig",
     "PromptsConfig",
     "RewardConfig",
     "RoundsConfig",
@@ -36,6 +40,7 @@ __all__ = [
     "TopUpConfig",
     "TrainingConfig",
     "TrainingDataConfig",
+    "VllmConfig",
     "WeightedTerm",
     "recipe_fields",
 ]
@@ -136,67 +141,6 @@ def _prompt_fields(kind: str) -> set[str]:
     return own | {"kind", "held_out", "system", "limit"}
 
 
-class SamplingConfig(Section):
-    """How reference completions are drawn from the policy."""
-
-    references_per_prompt: PositiveInt = Field(
-        8,
-        description="The pre-computation budget: reference completions of every training prompt.",
-        json_schema_extra=Speed,
-    )
-    temperature: PositiveFloat = Field(1.0, description="1 samples from the policy itself.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="1 keeps the whole distribution.")
-    max_new_tokens: PositiveInt = Field(64, description="Length limit; a completion cut by it is marked.")
-    seed: int = Field(0, description="With prompt_id and sample_index it gives every sample its own seed.")
-    engine: Literal["transformers", "fake"] = Field(
-        "transformers", description="Which engine draws. Recorded with every row.", json_schema_extra=Speed
-    )
-    batch_size: PositiveInt = Field(32, description="Sequences at a time.", json_schema_extra=Speed)
-
-
-class RewardConfig(Section):
-    """What a completion is worth: one scorer, or a weighted sum of others."""
-
-    kind: Literal["number", "exact", "reasoning_gym", "math", "sentiment", "length", "weighted"] = Field(
-        title="Scorer"
-    )
-    extract: Literal["whole", "last_line", "last_number", "last_integer", "answer_tag"] | None = Field(
-        None, description="exact, number, reasoning_gym: which part of the completion is the answer."
-    )
-    tolerance: NonNegativeFloat = Field(
-        1e-6, description="number: largest absolute difference that is equal."
-    )
-    min_words: Annotated[int, Field(ge=0)] = Field(0, description="length: fewest words.")
-    max_words: PositiveInt | None = Field(None, description="length: most words.")
-    terms: tuple[WeightedTerm, ...] = Field((), description="weighted: the scorers and their weights.")
-
-    @model_validator(mode="after")
-    def _needs(self) -> RewardConfig:
-        own = {
-            "number": {"extract", "tolerance"},
-            "exact": {"extract"},
-            "reasoning_gym": {"extract"},
-            "length": {"min_words", "max_words"},
-            "weighted": {"terms"},
-        }.get(self.kind, set())
-        for field in sorted(changed_fields(self) - own - {"kind"}):
-            raise ValueError(f"reward.{field} does not belong to kind {self.kind!r}; remove it")
-        if self.kind == "weighted" and not self.terms:
-            raise ValueError("reward.terms is empty; kind 'weighted' needs at least one term")
-        if self.kind == "length" and self.max_words is None:
-            raise ValueError("reward.max_words is missing; kind 'length' needs it")
-        if self.max_words is not None and self.max_words < self.min_words:
-            raise ValueError(f"reward.max_words {self.max_words} is below reward.min_words {self.min_words}")
-        return self
-
-
-class WeightedTerm(Section):
-    """One scorer of a weighted sum."""
-
-    weight: Annotated[float, Field(allow_inf_nan=False)]
-    reward: RewardConfig
-
-
 class EvaluationConfig(Section):
     """Held-out comparison of the trained policy with the reference."""
 
@@ -206,6 +150,11 @@ class EvaluationConfig(Section):
     confidence: Share = Field(0.95, description="Level of the bootstrap intervals.")
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of prompts.")
     seed: int = Field(0)
+    judges: dict[str, RewardConfig] = Field(
+        {},
+        description="Further rewards, by name, of the evaluation alone: training never sees them.",
+        json_schema_extra=Speed,  # each has a recipe of its own
+    )
 
 
 class TopUpConfig(Section):
@@ -248,6 +197,9 @@ class Experiment(Section):
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
+    vllm: VllmConfig = VllmConfig()
+    endpoint: EndpointConfig = EndpointConfig()
+    parity: ParityConfig = ParityConfig()
     reward: RewardConfig
     training_data: TrainingDataConfig = TrainingDataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -90,6 +90,11 @@ def announce(stage: str, reused: int, computed: int, unit: str, seconds: float) 
     _line(f"  {stage:<28} {done} ({seconds:.1f} s)")
 
 
+def announce_fact(text: str) -> None:
+    """One line about what was measured."""
+    _line(f"  {text}")
+
+
 def announce_problem(text: str) -> None:
     """One line for something that was met and is being mended."""
     if _console is not None:

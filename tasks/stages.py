@@ -19,7 +19,7 @@ from prefect.utilities.annotations import quote
 
 from qrpo_core.config import Experiment
 from qrpo_core.errors import DamagedError
-from qrpo_core.steps import training
+from qrpo_core.steps import parity, training
 from qrpo_core.steps.blocks import BlockStep
 from qrpo_core.steps.rounds import Round
 from qrpo_core.steps.workspace import Workspace
@@ -27,7 +27,7 @@ from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.blocks import BlockPlan, Blocks, Wanted, count_rows, missing_runs
 from qrpo_core.store.recipe import Recipe
 from tasks.cache import coarse_task
-from tasks.progress import announce, announce_problem, stage_progress
+from tasks.progress import announce, announce_fact, announce_problem, stage_progress
 
 #: How often a flow run starts over because a damaged block was set aside, before it gives up.
 _MENDINGS = 3
@@ -94,6 +94,7 @@ def fill(workspace: Workspace, step: BlockStep) -> Stage:
     missing = sum(run.count for run in missing_runs(wanted, workspace.blocks.committed(step.recipe)))
     computed = 0
     if missing:
+        _pass_gate(workspace, step)
         with stage_progress(step.label, missing) as advance:
             for number, plan in enumerate(_blocks(workspace.blocks, step.recipe, wanted), 1):
                 name = f"{step.label}, block {number}"
@@ -105,6 +106,16 @@ def fill(workspace: Workspace, step: BlockStep) -> Stage:
     result = Stage(step.label, count_rows(wanted) - computed, computed, state, time.monotonic() - started)
     announce(result.stage, result.reused, result.computed, "rows", result.seconds)
     return result
+
+
+def _pass_gate(workspace: Workspace, step: BlockStep) -> None:
+    """Compare the engine that draws with the training model, once, before rows are bought from it."""
+    asked = parity.gate(step)
+    if asked is None or workspace.artifacts.find(asked.recipe) is not None:
+        return
+    with stage_progress(asked.label, workspace.experiment.parity.rows) as advance:
+        make(workspace, asked.label, asked.recipe, lambda: asked.build(advance))
+    announce_fact(parity.summary(workspace.artifacts.get(asked.recipe).facts))
 
 
 def _blocks(blocks: Blocks, recipe: Recipe, wanted: Wanted) -> Iterator[BlockPlan]:

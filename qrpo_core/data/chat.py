@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qrpo_core.errors import DataError, ModelError
-from qrpo_core.ids import prompt_id
+from qrpo_core.ids import digest_json, prompt_id
 from qrpo_core.policy import load_tokenizer
 
 Messages = Sequence[Mapping[str, str]]
@@ -92,6 +92,15 @@ class Chat:
             if self._adds_bos and ids[:1] != [self._bos]:
                 ids = [self._bos, *ids]
         return tuple(ids)
+
+    def bos_count(self, token_ids: Sequence[int]) -> int:
+        """How many BOS tokens a prompt holds; 0 where the model has none."""
+        return sum(token == self._bos for token in token_ids)
+
+    @property
+    def template_digest(self) -> str:
+        """Names the chat template."""
+        return digest_json(self._tokenizer.chat_template)
 
     def encode_completion(self, text: str, messages: Messages = _ANY_PROMPT) -> tuple[int, ...]:
         """An answer from elsewhere as the tokens of the assistant's turn, end token included.

@@ -88,6 +88,12 @@ class Engine(Protocol):
         """log pi(completion | prompt) in nats for every sequence; log-softmax and sum in float32."""
         ...
 
+    def token_logprobs(
+        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+    ) -> list[npt.NDArray[np.float64]]:
+        """log pi(token | what is before it) in nats, of every token of every completion."""
+        ...
+
     def close(self) -> None:
         """Give the memory back."""
         ...

@@ -88,17 +88,25 @@ class FakeEngine:
         self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
     ) -> npt.NDArray[np.float64]:
         """log-probability of every completion in nats, [sequences]."""
+        return np.array([scores.sum() for scores in self.token_logprobs(sequences, progress)])
+
+    def token_logprobs(
+        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+    ) -> list[Floats]:
+        """log-probability of every token of every completion in nats."""
         table = self._table()
         check_scores(sequences, vocab_size=self._vocab_size, max_length=self._max_length)
-        sums = np.zeros(len(sequences))
-        for row, sequence in enumerate(sequences):
+        rows = []
+        for sequence in sequences:
             state = _state(sequence.prompt_token_ids)
-            for token in sequence.token_ids:
-                sums[row] += table[state, token]
+            scores = np.zeros(len(sequence.token_ids))
+            for place, token in enumerate(sequence.token_ids):
+                scores[place] = table[state, token]
                 state = _next(state, token)
+            rows.append(scores)
             time.sleep(self._seconds_per_row)
             progress(1)
-        return sums
+        return rows
 
     def close(self) -> None:
         """Give the memory back; the engine is of no use afterwards."""

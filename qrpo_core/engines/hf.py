@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from qrpo_core.engines.base import (
 )
 from qrpo_core.engines.decoding import Decoder, TableRun
 from qrpo_core.engines.numerics import compute_dtype, mixed_precision, native_bfloat16, pick_device
+from qrpo_core.engines.passes import Passes
 from qrpo_core.engines.slots import ATTENTION, SlotCache
 from qrpo_core.errors import EngineError, ModelError
 from qrpo_core.policy import load_model
-from qrpo_core.train.forward import check_head, policy_logprobs
+from qrpo_core.train.forward import check_head, token_logprobs
 
 
 class TransformersEngine:
@@ -36,8 +37,9 @@ class TransformersEngine:
     ----------
     directory : what `from_pretrained` loads.
     dtype : "bfloat16" or "float32", precision of the weights.
-    batch_size : sequences scored at a time; on an accelerator also drawn at a time. On the CPU the number
-        of rows drawn together is fixed, since rows would otherwise depend on it (see engines/batching.py).
+    batch_size : sequences drawn at a time on an accelerator. On the CPU the number of rows drawn together is
+        fixed, since rows would otherwise depend on it (see engines/batching.py).
+    batch_tokens : tokens scored at a time, padding included; halved where memory runs out.
     precision : None: arithmetic in `dtype`. "bf16" or "fp32": the trainer's, float32 weights with or
         without bfloat16 autocast.
     device : None takes an accelerator where there is one.
@@ -53,6 +55,7 @@ class TransformersEngine:
         batch_size: int = 32,
         precision: str | None = None,
         *,
+        batch_tokens: int = 16384,
         device: str | None = None,
     ) -> None:
         self._device = torch.device(device) if device else pick_device()
@@ -64,6 +67,7 @@ class TransformersEngine:
         self._loaded: Any = model
         self._precision = precision
         self._batch_size = batch_size
+        self._passes = Passes(batch_tokens)
         config = model.config.get_text_config()
         self._vocab_size = int(config.vocab_size)
         self._max_length: int | None = getattr(config, "max_position_embeddings", None)
@@ -100,17 +104,27 @@ class TransformersEngine:
 
         The trainer's own function on the trainer's own batches, so that the log-ratio begins at 0.
         """
-        model = self._model
-        batching.check_scores(sequences, vocab_size=self._vocab_size, max_length=self._max_length)
-        lengths = [len(s.prompt_token_ids) + len(s.token_ids) for s in sequences]
-        order = sorted(range(len(sequences)), key=lambda row: (-lengths[row], row))
         sums = np.zeros(len(sequences), dtype=np.float64)
-        with torch.inference_mode(), mixed_precision(self._precision, self._device):
-            for start in range(0, len(order), self._batch_size):
-                rows = order[start : start + self._batch_size]
-                sums[rows] = self._score(model, [sequences[row] for row in rows])
-                progress(len(rows))
+
+        def keep(rows: list[int], values: torch.Tensor) -> None:
+            sums[rows] = values.sum(dim=1).double().cpu().numpy()
+
+        self._score(sequences, keep, progress)
         return sums
+
+    def token_logprobs(
+        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+    ) -> list[npt.NDArray[np.float64]]:
+        """log pi(token | what is before it) of every token of every completion, in nats."""
+        found: dict[int, npt.NDArray[np.float64]] = {}
+
+        def keep(rows: list[int], values: torch.Tensor) -> None:
+            for row, line in zip(rows, values.double().cpu().numpy(), strict=True):
+                start = len(sequences[row].prompt_token_ids)
+                found[row] = line[start : start + len(sequences[row].token_ids)]
+
+        self._score(sequences, keep, progress)
+        return [found[row] for row in range(len(sequences))]
 
     def close(self) -> None:
         """Give the memory back; the engine is of no use afterwards."""
@@ -132,20 +146,34 @@ class TransformersEngine:
             self.exact = decoder.slots_agree(cache)
             self._shapes.add(shape)
 
-    def _score(self, model: Any, sequences: Sequence[ScoreRequest]) -> npt.NDArray[np.float64]:
-        batch = Collator(0)([Example(s.prompt_token_ids, s.token_ids, 0.0, 1.0, 0.0) for s in sequences])
-        inputs = {
-            name: batch[name].to(self._device) for name in ("input_ids", "attention_mask", "completion_mask")
-        }
-        if not self._head_checked:
-            self._check_head(inputs["input_ids"][:1, :8])
-        sums = policy_logprobs(model, **inputs).double().cpu().numpy()
-        if not np.isfinite(sums).all():
-            raise EngineError(
-                "the model's probabilities are not finite",
-                remedy="the weights may be damaged, or their precision too low",
-            )
-        return sums
+    def _score(
+        self,
+        sequences: Sequence[ScoreRequest],
+        keep: Callable[[list[int], torch.Tensor], None],
+        progress: Progress,
+    ) -> None:
+        """Hand log-probs of completion tokens [rows, length], 0 elsewhere, over to `keep`, pass by pass."""
+        model = self._model
+        batching.check_scores(sequences, vocab_size=self._vocab_size, max_length=self._max_length)
+
+        def score(rows: list[int]) -> None:
+            asked = [sequences[row] for row in rows]
+            batch = Collator(0)([Example(s.prompt_token_ids, s.token_ids) for s in asked])
+            names = ("input_ids", "attention_mask", "completion_mask")
+            inputs = {name: batch[name].to(self._device) for name in names}
+            if not self._head_checked:
+                self._check_head(inputs["input_ids"][:1, :8])
+            values = token_logprobs(model, **inputs)
+            if not values.isfinite().all():
+                raise EngineError(
+                    "the model's probabilities are not finite",
+                    remedy="the weights may be damaged, or their precision too low",
+                )
+            keep(rows, values)
+
+        lengths = [len(s.prompt_token_ids) + len(s.token_ids) for s in sequences]
+        with torch.inference_mode(), mixed_precision(self._precision, self._device):
+            self._passes.run(lengths, score, progress)
 
     def _check_head(self, ids: torch.Tensor) -> None:
         try:

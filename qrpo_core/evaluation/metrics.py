@@ -6,27 +6,26 @@ interval resamples prompts, and every standard error is clustered by prompt.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import TypeAdapter, ValidationError, with_config
 
 from qrpo_core.config import EvaluationConfig
 from qrpo_core.errors import DataError
-from qrpo_core.evaluation.inputs import EvaluationInput, Floats, floats, strings
-from qrpo_core.records import STATUSES
+from qrpo_core.evaluation.inputs import EVALUATED, EvaluationInput, Floats, floats, strings
+from qrpo_core.evaluation.results import Estimate, EvaluationResult, JudgeResult, KLEstimate, SideSummary
+from qrpo_core.records import STATUSES, check_table
 
 __all__ = [
     "Estimate",
     "EvaluationInput",
     "EvaluationResult",
+    "JudgeResult",
     "KLEstimate",
     "PromptMeans",
     "SideSummary",
@@ -63,103 +62,14 @@ class PromptMeans:
         return np.where(same, 0.0, self.after - self.before)
 
 
-@with_config(extra="forbid", strict=True, allow_inf_nan=False)
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts with its bootstrap interval; None where one prompt allows none."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@with_config(extra="forbid", strict=True, allow_inf_nan=False)
-@dataclass(frozen=True)
-class KLEstimate:
-    """The mean log-ratio of the trained policy's completions, nats.
-
-    value : mean over completions of log pi - log pi_ref.
-    per_token : the same sum over all tokens of those completions.
-    standard_error, per_token_standard_error : clustered by prompt; None with one prompt.
-    unbiased : whether sampling was at temperature 1 and top_p 1.
-    note : what the number is an estimate of, in words.
-    """
-
-    value: float
-    standard_error: float | None
-    per_token: float
-    per_token_standard_error: float | None
-    unbiased: bool
-    note: str
-
-
-@with_config(extra="forbid", strict=True, allow_inf_nan=False)
-@dataclass(frozen=True)
-class SideSummary:
-    """One policy on the held-out prompts.
-
-    reward : mean over compared prompts of the prompt's mean reward.
-    completions : rows, whatever their status; lengths (tokens) and truncation_rate are over all of them.
-    not_ok : rows of every status but ok, zeros included.
-    """
-
-    reward: Estimate
-    completions: int
-    mean_length: float
-    median_length: float
-    truncation_rate: float
-    not_ok: dict[str, int]
-
-
-@with_config(extra="forbid", strict=True, allow_inf_nan=False)
-@dataclass(frozen=True)
-class EvaluationResult:
-    """The comparison, JSON-able.
-
-    prompts : prompts compared, those with an ok reward on both sides; left_out counts the others.
-    difference : mean over prompts of (mean reward after - mean reward before), paired.
-    improved, unchanged, worsened : prompts by the sign of that difference.
-    win_rate : mean over prompts of the share of (after, before) pairs with after > before, ties one half.
-    tie_share : mean over prompts of the share of pairs that tie.
-    samples_min, samples_max : completions a prompt, each side.
-    """
-
-    prompts: int
-    left_out: dict[str, int]
-    samples_min: int
-    samples_max: int
-    confidence: float
-    resamples: int
-    before: SideSummary
-    after: SideSummary
-    difference: Estimate
-    improved: int
-    unchanged: int
-    worsened: int
-    win_rate: Estimate
-    tie_share: float
-    kl: KLEstimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and numbers, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any], where: str | None = None) -> EvaluationResult:
-        """The inverse of `to_dict`; a missing, unknown or mistyped field is a DataError that names it."""
-        try:
-            # Through JSON: pydantic's strict mode takes a mapping for a dataclass only from there.
-            return TypeAdapter(cls).validate_json(json.dumps(dict(value)))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise DataError(
-                f"not an evaluation result: {key}: {first['msg']}", where=where, remedy="evaluate again"
-            ) from None
-
-
-def evaluate_policies(data: EvaluationInput, config: EvaluationConfig) -> EvaluationResult:
+def evaluate_policies(
+    data: EvaluationInput,
+    config: EvaluationConfig,
+    judged: Mapping[str, tuple[pa.Table, pa.Table]] = MappingProxyType({}),
+) -> EvaluationResult:
     """Compare the trained policy with the reference, prompt by prompt.
+
+    judged : by a judge's name, `before` and `after` with its rewards (schema EVALUATED).
 
     Intervals are percentile bootstrap intervals at `config.confidence` over prompts; one seeded set of
     resampled prompts serves all of them, so the same rows in any order give the same numbers. Below some
@@ -187,6 +97,40 @@ def evaluate_policies(data: EvaluationInput, config: EvaluationConfig) -> Evalua
         win_rate=estimates[3],
         tie_share=float(means.tie.mean()),
         kl=_kl(data),
+        judges={name: _judge(data, config, name, *sides) for name, sides in judged.items()},
+    )
+
+
+def _judge(
+    data: EvaluationInput, config: EvaluationConfig, name: str, before: pa.Table, after: pa.Table
+) -> JudgeResult:
+    """The comparison by another reward of the same completions; refused where they are others."""
+    sides = []
+    for side, judged in ((data.before, before), (data.after, after)):
+        judged = check_table(judged, EVALUATED, f"evaluation, judge {name}")
+        judged = judged.sort_by([("prompt_id", "ascending"), ("sample_index", "ascending")])
+        keys = ["prompt_id", "sample_index"]
+        if not judged.select(keys).equals(side.select(keys)):
+            raise DataError("it scored other completions", where=f"evaluation, judge {name}")
+        for column in ("reward", "status"):
+            side = side.set_column(side.column_names.index(column), column, judged[column])
+        sides.append(side)
+    compared = EvaluationInput(sides[0], sides[1], data.temperature, data.top_p)
+    try:
+        means = prompt_means(compared)
+    except DataError as error:
+        raise DataError(error.message, where=f"evaluation, judge {name}", remedy=error.remedy) from None
+    estimates = _bootstrap(np.stack([means.before, means.after, means.difference, means.win]), config)
+    return JudgeResult(
+        prompts=len(means.prompt_ids),
+        left_out=means.left_out,
+        before=estimates[0],
+        after=estimates[1],
+        difference=estimates[2],
+        win_rate=estimates[3],
+        tie_share=float(means.tie.mean()),
+        not_ok_before=_not_ok(compared.before),
+        not_ok_after=_not_ok(compared.after),
     )
 
 
@@ -244,15 +188,19 @@ def _bootstrap(rows: Floats, config: EvaluationConfig) -> list[Estimate]:
 
 def _side(table: pa.Table, reward: Estimate) -> SideSummary:
     lengths = floats(table, "num_tokens")
-    status = strings(table, "status")
     return SideSummary(
         reward=reward,
         completions=table.num_rows,
         mean_length=float(lengths.mean()),
         median_length=float(np.median(lengths)),
         truncation_rate=float((strings(table, "finish_reason") == "length").mean()),
-        not_ok={name: int((status == name).sum()) for name in STATUSES if name != "ok"},
+        not_ok=_not_ok(table),
     )
+
+
+def _not_ok(table: pa.Table) -> dict[str, int]:
+    status = strings(table, "status")
+    return {name: int((status == name).sum()) for name in STATUSES if name != "ok"}
 
 
 def _kl(data: EvaluationInput) -> KLEstimate:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qrpo_core.errors import DataError
-from qrpo_core.evaluation.metrics import Estimate, EvaluationResult, SideSummary
+from qrpo_core.evaluation.metrics import Estimate, EvaluationResult, JudgeResult, SideSummary
 
 Verdict = Literal["good", "bad", "unclear"]
 
@@ -136,6 +136,28 @@ def summary_rows(result: EvaluationResult) -> list[tuple[str, str]]:
         ("Completions without a reward, before", text["failed_before"]),
         ("Completions without a reward, after", text["failed_after"]),
         ("Prompts left out", text["left_out"]),
+        *(row for name, judge in result.judges.items() for row in _judge_rows(name, judge, level)),
+    ]
+
+
+def _judge_rows(name: str, judge: JudgeResult, level: str) -> list[tuple[str, str]]:
+    """What a judge that training never saw says of the same completions."""
+    estimates = (judge.before, judge.after, judge.difference)
+    decimals = max(decimals_for(each.value, _half_width(each)) for each in estimates)
+    means = f"{number(judge.before.value, decimals)} → {number(judge.after.value, decimals)}"
+    difference = number(judge.difference.value, decimals, signed=True)
+    failed = sum(judge.not_ok_before.values()), sum(judge.not_ok_after.values())
+    return [
+        (f"Judge {name}: mean before → after", f"{means} on {judge.prompts:,} prompts"),
+        (
+            f"Judge {name}: difference, paired ({level})",
+            _joined(difference, _interval(judge.difference, decimals, signed=True)),
+        ),
+        (
+            f"Judge {name}: win rate ({level})",
+            _joined(percent(judge.win_rate.value), _percent_interval(judge.win_rate)),
+        ),
+        (f"Judge {name}: completions without a score", f"{failed[0]:,} before, {failed[1]:,} after"),
     ]
 
 

@@ -52,6 +52,10 @@ class Reward(Protocol):
         """One score a request, in the order of the requests."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds: a model's memory, processes, connections. It may be used again."""
+        ...
+
 
 class CheckedReward(Reward, Protocol):
     """A reward that says beforehand what it cannot score against."""
@@ -125,6 +129,9 @@ class RowReward(ABC):
             scores.append(guarded(partial(self.score_row, request)))
             progress(1)
         return scores
+
+    def close(self) -> None:  # noqa: B027  (most hold nothing)
+        """Give back what it holds; nothing, unless a subclass says otherwise."""
 
     @abstractmethod
     def score_row(self, request: RewardRequest) -> float | Score:

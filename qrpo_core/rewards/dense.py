@@ -97,6 +97,11 @@ class WeightedReward:
         columns = [reward.score(requests, counted) for _, _, reward in self._terms]
         return [self._sum(row) for row in zip(*columns, strict=True)]
 
+    def close(self) -> None:
+        """Give back what the terms hold."""
+        for _, _, reward in self._terms:
+            reward.close()
+
     def _sum(self, row: Sequence[Score]) -> Score:
         products = []
         for (name, weight, _), score in zip(self._terms, row, strict=True):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from qrpo_core.config import RewardConfig, recipe_fields
 from qrpo_core.errors import ConfigError
 from qrpo_core.rewards.base import CheckedReward, Reward
+from qrpo_core.rewards.config import RewardConfig, reward_fields
 
 #: The version of each scorer of ours, raised by hand when it would score any row differently. What all of
 #: them share (reading of numbers, extraction, limits) counts as a change of every scorer that uses it.
@@ -20,6 +20,10 @@ SCORER_VERSIONS = {
     "sentiment": 1,
     "length": 1,
     "weighted": 1,
+    "model": 1,
+    "code": 1,
+    "judge": 1,
+    "python": 1,
 }
 
 #: The distributions whose behaviour a kind's scores depend on.
@@ -56,17 +60,37 @@ def check_references(config: RewardConfig, references: Iterable[tuple[str, str |
 def reward_identity(config: RewardConfig) -> dict[str, Any]:
     """What decides the scores, for a recipe: JSON-ready, and imports no scorer.
 
-    Keys: `config` (every field of the section), `scorers` (the version of each kind used, ours) and
-    `libraries` (the installed version of each distribution that the kinds used depend on).
-    Raises ConfigError if one of these is not installed.
+    Keys: `config` (the fields of its kind), `scorers` (the version of each kind used, ours),
+    `libraries` (the installed version of each distribution that the kinds used depend on) and, only where
+    something outside the config decides scores, `identities`: by place ("reward", or "terms.0" of a weighted
+    one), the content of a model or of a function's file.
+    Raises ConfigError if a library is not installed; ModelError or ConfigError where there is no such model
+    or function.
     """
     kinds = sorted(_kinds(config))
     names = sorted({name for kind in kinds for name in LIBRARIES.get(kind, ())})
-    return {
-        "config": recipe_fields(config),
+    identity: dict[str, Any] = {
+        "config": reward_fields(config),
         "scorers": {kind: SCORER_VERSIONS[kind] for kind in kinds},
         "libraries": {name: _version(name, config.kind) for name in names},
     }
+    if outside := dict(_identities(config, "")):
+        identity["identities"] = outside
+    return identity
+
+
+def _identities(config: RewardConfig, place: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """What is named by content, by its place in the reward."""
+    if config.model is not None:
+        from qrpo_core.rewards.model_source import model_identity
+
+        yield place or "reward", model_identity(config.model)
+    if config.python is not None:
+        from qrpo_core.rewards.python import function_identity
+
+        yield place or "reward", function_identity(config.python)
+    for number, term in enumerate(config.terms):
+        yield from _identities(term.reward, f"{place}.terms.{number}".lstrip("."))
 
 
 def _kinds(config: RewardConfig) -> set[str]:
@@ -123,8 +147,7 @@ def _sentiment(config: RewardConfig) -> CheckedReward:
 def _length(config: RewardConfig) -> CheckedReward:
     from qrpo_core.rewards.dense import LengthReward
 
-    if config.max_words is None:  # the section refuses this; said again for the type checker
-        raise ConfigError("reward.max_words is missing; kind 'length' needs it")
+    assert config.max_words is not None  # the section refuses this; said again for the type checker
     return LengthReward(config.min_words, config.max_words)
 
 
@@ -139,6 +162,34 @@ def _weighted(config: RewardConfig) -> CheckedReward:
     )
 
 
+def _code(config: RewardConfig) -> CheckedReward:
+    from qrpo_core.rewards.code import CodeReward
+
+    assert config.code is not None  # the section refuses this; said again for the type checker
+    return CodeReward(config.code)
+
+
+def _model(config: RewardConfig) -> CheckedReward:
+    from qrpo_core.rewards.model import ModelReward
+
+    assert config.model is not None
+    return ModelReward(config.model)
+
+
+def _judge(config: RewardConfig) -> CheckedReward:
+    from qrpo_core.rewards.judge import JudgeReward
+
+    assert config.judge is not None
+    return JudgeReward(config.judge)
+
+
+def _python(config: RewardConfig) -> CheckedReward:
+    from qrpo_core.rewards.python import PythonReward
+
+    assert config.python is not None
+    return PythonReward(config.python)
+
+
 _BUILDERS: dict[str, Callable[[RewardConfig], CheckedReward]] = {
     "number": _number,
     "exact": _exact,
@@ -147,4 +198,8 @@ _BUILDERS: dict[str, Callable[[RewardConfig], CheckedReward]] = {
     "sentiment": _sentiment,
     "length": _length,
     "weighted": _weighted,
+    "model": _model,
+    "code": _code,
+    "judge": _judge,
+    "python": _python,
 }

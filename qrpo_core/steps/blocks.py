@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from qrpo_core.config import recipe_fields
+from qrpo_core.config import Experiment, RewardConfig, recipe_fields
 from qrpo_core.engines.base import Progress, SampleRequest, SamplingParams, ScoreRequest
 from qrpo_core.ids import sample_seed
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
@@ -32,20 +32,29 @@ LOGPROB_VERSION = 1
 
 
 def sample_recipe(workspace: Workspace, policy_digest: str) -> Recipe:
-    """Decided by the policy and the settings of the draw.
-
-    Which engine drew a row is a column, not part of the name; but the fake engine draws from no policy,
-    and its rows must never pass for a policy's.
-    """
+    """Decided by the policy and the settings of the draw; which engine drew a row is a column."""
     experiment = workspace.experiment
     config = recipe_fields(experiment.sampling) | {"dtype": experiment.model.dtype}
-    drawn_from = f"fake:{policy_digest}" if experiment.sampling.engine == "fake" else policy_digest
-    return Recipe("sample", SAMPLE_VERSION, config, {"policy": drawn_from})
+    return Recipe("sample", SAMPLE_VERSION, config, {"policy": drawn_from(experiment, policy_digest)})
 
 
-def reward_recipe(workspace: Workspace, texts: Recipe) -> Recipe:
-    """Decided by the scorer and the texts that it scores."""
-    config = reward_identity(workspace.experiment.reward)
+def drawn_from(experiment: Experiment, policy_digest: str) -> str:
+    """What names the distribution that samples come from.
+
+    The fake engine draws from no policy, and a quantised one is another policy: their rows must never pass
+    for the policy's.
+    """
+    engine = experiment.sampling.engine
+    if engine == "fake":
+        return f"fake:{policy_digest}"
+    if engine == "vllm" and experiment.vllm.quantization is not None:
+        return f"{experiment.vllm.quantization}:{policy_digest}"
+    return policy_digest
+
+
+def reward_recipe(workspace: Workspace, texts: Recipe, scorer: RewardConfig | None = None) -> Recipe:
+    """Decided by the scorer (None: the experiment's) and the texts that it scores."""
+    config = reward_identity(scorer or workspace.experiment.reward)
     return Recipe("reward", REWARD_VERSION, config, {"completions": texts.key})
 
 
@@ -142,15 +151,16 @@ class SampleStep:
 
 @dataclass(frozen=True)
 class RewardStep:
-    """Score completions."""
+    """Score completions, with the experiment's reward or with another scorer."""
 
     completions: Completions
     label: str
+    scorer: RewardConfig | None = None
     schema = REWARDS
 
     @property
     def recipe(self) -> Recipe:
-        return reward_recipe(self.completions.workspace, self.completions.texts)
+        return reward_recipe(self.completions.workspace, self.completions.texts, self.scorer)
 
     @property
     def wanted(self) -> Wanted:
@@ -180,7 +190,7 @@ class RewardStep:
                 pairs, self.completions.read(pairs)["text"].to_pylist(), strict=True
             )
         ]
-        scores = workspace.reward().score(requests, progress)
+        scores = workspace.reward(self.scorer).score(requests, progress)
         table = pa.table(
             {
                 "prompt_id": [prompt for prompt, _ in pairs],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -27,13 +27,14 @@ from qrpo_core.store.recipe import Recipe
 
 @dataclass(frozen=True)
 class HeldOutSteps:
-    """Completions of the held-out prompts by one policy, and their rewards."""
+    """Completions of the held-out prompts by one policy, their rewards, and what each judge says of them."""
 
     samples: SampleStep
     rewards: RewardStep
+    judges: Mapping[str, RewardStep]
 
     def __iter__(self) -> Iterator[BlockStep]:
-        return iter((self.samples, self.rewards))
+        return iter((self.samples, self.rewards, *self.judges.values()))
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ def held_out_steps(workspace: Workspace, table: pa.Table, policy: Policy, when: 
     samples = SampleStep(
         workspace, policy, prompts.of_split(table, "held_out"), count, f"sample held-out, {when}"
     )
-    return HeldOutSteps(samples, RewardStep(samples, f"score held-out, {when}"))
+    judges = {
+        name: RewardStep(samples, f"judge {name} held-out, {when}", scorer)
+        for name, scorer in workspace.experiment.evaluation.judges.items()
+    }
+    return HeldOutSteps(samples, RewardStep(samples, f"score held-out, {when}"), judges)
 
 
 def kl_steps(after: HeldOutSteps, trained: Policy, reference: Policy) -> KLSteps:
@@ -115,6 +120,9 @@ class Chain:
             "policy_logprobs": divergence.policy.recipe,
             "ref_logprobs": divergence.reference.recipe,
         }
+        for name, step in self.before.judges.items():
+            inputs[f"judge {name}, before"] = step.recipe
+            inputs[f"judge {name}, after"] = after.judges[name].recipe
         evaluate = evaluation.recipe(self.workspace, inputs)
         report = evaluation.report_recipe(self.workspace, evaluate, round_.train)
         return EvaluationChain(round_, after, divergence, evaluate, report)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from qrpo_core.steps.chain import Chain, EvaluationChain
     from qrpo_core.steps.rounds import Made, Round
 
-VERSION = 1
-REPORT_VERSION = 2
+VERSION = 2
+REPORT_VERSION = 3
 
 
 def recipe(workspace: Workspace, inputs: Mapping[str, Recipe]) -> Recipe:
@@ -52,7 +52,11 @@ def build(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Manifest:
             rows_after = rows_after.append_column(name, scored["logprob"])
         rows_before = _evaluated(workspace, chain.before.rewards)
         data = EvaluationInput(rows_before, rows_after, sampling.temperature, sampling.top_p)
-        result = evaluate_policies(data, workspace.experiment.evaluation)
+        judged = {
+            name: tuple(_evaluated(workspace, side.judges[name]) for side in (chain.before, end.after))
+            for name in workspace.experiment.evaluation.judges
+        }
+        result = evaluate_policies(data, workspace.experiment.evaluation, judged)
         files: dict[str, Path | bytes] = {
             "evaluation.json": json.dumps(result.to_dict()).encode(),
             "before.parquet": to_bytes(data.before, EVALUATED, "evaluation, before"),

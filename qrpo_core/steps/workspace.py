@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrpo_core.config import Experiment
+from qrpo_core.config import Experiment, RewardConfig
+from qrpo_core.rewards.config import has_kind
 from qrpo_core.store.artifacts import Artifacts, Manifest
 from qrpo_core.store.blocks import Blocks
 from qrpo_core.store.objects import open_objects
@@ -33,7 +34,7 @@ class Workspace:
         self.blocks = Blocks(self.objects, experiment.store)
         self._chats: dict[Path, Chat] = {}
         self._engine: tuple[tuple[Any, ...], Engine] | None = None
-        self._reward: Reward | None = None
+        self._reward: tuple[RewardConfig, Reward] | None = None
 
     def make(self, recipe: Recipe, build: Callable[[Path], Built]) -> Manifest:
         """The artifact of a recipe: what the store has, else what `build` makes in a scratch directory."""
@@ -65,22 +66,38 @@ class Workspace:
                 directory,
                 dtype=self.experiment.model.dtype,
                 batch_size=self.experiment.sampling.batch_size,
+                batch_tokens=self.experiment.sampling.batch_tokens,
                 chat=self.chat(directory),
                 precision=precision,
+                vllm=self.experiment.vllm,
+                endpoint=self.experiment.endpoint,
             )
             self._engine = (wanted, engine)
         return self._engine[1]
 
-    def reward(self) -> Reward:
-        """The experiment's scorer, made once."""
+    def reward(self, scorer: RewardConfig | None = None) -> Reward:
+        """A scorer (None: the experiment's). Asking for another one closes the one before.
+
+        One that loads a model of its own closes the engine as well: they would share the device's memory.
+        """
         from qrpo_core.rewards.registry import make_reward
 
-        if self._reward is None:
-            self._reward = make_reward(self.experiment.reward)
-        return self._reward
+        wanted = scorer or self.experiment.reward
+        if self._reward is None or self._reward[0] != wanted:
+            self._close_reward()
+            if has_kind(wanted, "model"):
+                self.close()
+            self._reward = (wanted, make_reward(wanted))
+        return self._reward[1]
 
     def close(self) -> None:
-        """Give the engine's memory back."""
+        """Give back the memory of the engine and of the reward."""
+        self._close_reward()
         if self._engine is not None:
             self._engine[1].close()
             self._engine = None
+
+    def _close_reward(self) -> None:
+        if self._reward is not None:
+            self._reward[1].close()
+            self._reward = None

@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from qrpo_core.die_with_parent import die_with_parent
 from qrpo_core.errors import QRPOError
-from qrpo_core.train.launch import AGENT, FAILURE, HISTORY, PROGRESS, die_with_parent, read_job, write_failure
+from qrpo_core.train.launch import AGENT, FAILURE, HISTORY, PROGRESS, read_job, write_failure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,7 +30,14 @@ _CPU_CHUNK_TOKENS = 256
 def policy_logprobs(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_mask: torch.Tensor
 ) -> torch.Tensor:
-    """log pi(completion | prompt) in nats, float32 [rows].
+    """log pi(completion | prompt) in nats, float32 [rows]: the sum of `token_logprobs`."""
+    return token_logprobs(model, input_ids, attention_mask, completion_mask).sum(dim=1)
+
+
+def token_logprobs(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_mask: torch.Tensor
+) -> torch.Tensor:
+    """log pi(token | what is before it) of completion tokens in nats, 0 elsewhere; float32 [rows, length].
 
     Parameters
     ----------
@@ -46,7 +53,7 @@ def policy_logprobs(
     with _head_of_logprobs(model, input_ids, completion_mask):
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     values: torch.Tensor = output["logits"][..., 0]
-    return values.sum(dim=1)
+    return values
 
 
 def check_head(model: Any, input_ids: torch.Tensor) -> None:

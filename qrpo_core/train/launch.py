@@ -11,12 +11,10 @@ Importing this module imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -41,9 +39,9 @@ AGENT = "QRPO_TRAIN_AGENT"
 _logger = logging.getLogger("qrpo.train")
 # Run in the child; it becomes torchrun, which keeps the signal that its parent's death sends.
 _BOOT = (
-    "import os, sys; from qrpo_core.train.launch import AGENT, die_with_parent; "
-    "die_with_parent(int(sys.argv[1])); os.environ[AGENT] = str(os.getpid()); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    "import os, sys; from qrpo_core.die_with_parent import die_with_parent; "
+    "from qrpo_core.train.launch import AGENT; die_with_parent(int(sys.argv[1])); "
+    "os.environ[AGENT] = str(os.getpid()); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 )
 
 
@@ -187,17 +185,6 @@ def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
                     ) from None
                 time.sleep(0.1)
         yield
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the system kill this process when its parent (process id) dies. Linux; elsewhere it does nothing.
-
-    It is the death of the thread that started this process that counts.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before it could be watched
-            os._exit(1)
 
 
 _NUMBERS = ("target", "beta", "ref_logprob", "reward")

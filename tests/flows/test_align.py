@@ -44,7 +44,11 @@ def experiment(tiny_model: Path, store: Path, **sections: dict[str, Any]) -> Exp
             ],
         },
         "training": {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-3},
-        "evaluation": {"samples_per_prompt": 2, "resamples": 200},
+        "evaluation": {
+            "samples_per_prompt": 2,
+            "resamples": 200,
+            "judges": {"brevity": {"kind": "length", "max_words": 2}},
+        },
         "store": {"path": str(store), "rows_per_block": 16},
     }
     return parse_experiment(
@@ -92,9 +96,14 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     text = "\n".join(result_lines(workspace))
     assert "Mean reward before" in text
     assert "Normalisation check (empirical)" in text
+    assert "Judge brevity: difference, paired" in text
+    judge = made.evaluate.facts["result"]["judges"]["brevity"]
+    scores = [first[f"judge brevity held-out, {when}"] for when in ("before", "after")]
+    assert [stage.computed for stage in scores] == [2 * judge["prompts"]] * 2
     page = report_path(workspace).read_text(encoding="utf-8")
     assert page.lower().startswith("<!doctype html")
     assert "tiny" in page
+    assert "Judge brevity" in page
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

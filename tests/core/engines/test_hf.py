@@ -177,7 +177,7 @@ class TestRefusals:
             TransformersEngine(broken, "float32", 8)
 
     def test_an_unknown_kind(self, tiny_model: Path) -> None:
-        with pytest.raises(EngineError, match=r"'vlm'.*transformers, fake"):
+        with pytest.raises(EngineError, match=r"'vlm'.*transformers, vllm"):
             make_engine("vlm", tiny_model, dtype="float32", batch_size=1, chat=Chat.load(tiny_model))
 
 

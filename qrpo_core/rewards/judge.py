@@ -1,0 +1,263 @@
+"""The reward `judge`: a language model behind an OpenAI-compatible endpoint gives a score on a scale."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.parse
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qrpo_core.engines.base import Progress, no_progress
+from qrpo_core.errors import ConfigError, EngineError
+from qrpo_core.ids import sample_seed
+from qrpo_core.rewards import judge_answer
+from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip, guarded
+from qrpo_core.rewards.config import JudgeRewardConfig
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from qrpo_core.http import Client, Refused
+
+#: What a template may name.
+VARIABLES = ("prompt", "completion", "messages", "reference", "lowest", "highest")
+_URL_REMEDY = "write it as http://host:8000/v1"
+#: Alternatives asked for at each token of the answer; the most that OpenAI gives.
+_ALTERNATIVES = 20
+#: So many rows in a row without an answer, beyond those asked at a time, end the run: the judge is away.
+_FAILED_IN_A_ROW = 32
+
+
+class JudgeReward(RowReward):
+    """The judge's score for each row, or why there is none.
+
+    `expected: true` gives the mean of the scale over the probabilities of the answer's tokens, `false` the
+    integer that the answer states; both are defined in `judge_answer`. An answer that is neither is a
+    `parse_error` with the answer in `detail`; a request longer than the judge takes is `too_long`; one that
+    found no answer within `retry_seconds` is `endpoint_error`.
+
+    Raises ConfigError for a URL that is none, and for a template that does not parse, names an unknown
+    variable or leaves the completion out.
+    """
+
+    def __init__(self, config: JudgeRewardConfig) -> None:
+        self._config = config
+        if not config.url.startswith(("http://", "https://")):
+            raise ConfigError(f"reward.judge.url {config.url!r} is no http address", remedy=_URL_REMEDY)
+        if "@" in urllib.parse.urlsplit(config.url).netloc:
+            raise ConfigError(
+                "reward.judge.url holds a user or a password",
+                remedy="give the key in the environment variable that reward.judge.key_variable names",
+            )
+        self._template, used = _compile(config.template)
+        self._shows_reference = "reference" in used
+        self._client: Client | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the template shows it: then every row needs one."""
+        return self._shows_reference
+
+    def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
+        """One score a request, in the order of the requests; `concurrency` requests at a time.
+
+        Raises EngineError where the endpoint refuses (its address, model, key or settings are wrong), gives
+        no log-probabilities for `expected: true`, or has not answered many rows one after another.
+        """
+        self.check((request.prompt_id, request.reference) for request in requests)
+        if not requests:
+            return []
+        client = self._open()
+        scores: dict[int, Score] = {}
+        failed = 0
+        pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="judge")
+        try:
+            asked = {pool.submit(self._ask, client, request): row for row, request in enumerate(requests)}
+            for done in as_completed(asked):
+                score = scores[asked[done]] = done.result()
+                progress(1)
+                failed = failed + 1 if score.status == "endpoint_error" else 0
+                if failed > self._config.concurrency + _FAILED_IN_A_ROW:
+                    raise EngineError(
+                        f"the judge has not answered {failed} rows in a row ({score.detail})",
+                        where=self._where,
+                        remedy="see that it runs; rows that are already stored are kept",
+                    )
+        except BaseException:
+            self.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
+        return [scores[row] for row in range(len(requests))]
+
+    def score_row(self, request: RewardRequest) -> Score:
+        """The score of one row."""
+        return self._ask(self._open(), request)
+
+    def close(self) -> None:
+        """Close the connections; requests that wait for another try give up."""
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+
+    @property
+    def _where(self) -> str:
+        from qrpo_core.http import shown
+
+        return f"reward.judge.url {shown(self._config.url)}"
+
+    def _open(self) -> Client:
+        from qrpo_core.http import Client
+
+        config = self._config
+        with self._lock:
+            if self._client is None:
+                self._client = Client(
+                    config.url,
+                    key_variable=config.key_variable,
+                    timeout=config.timeout_seconds,
+                    retry_seconds=config.retry_seconds,
+                    per_minute=config.requests_per_minute,
+                    connections=config.concurrency,
+                )
+            return self._client
+
+    def _ask(self, client: Client, request: RewardRequest) -> Score:
+        from qrpo_core.http import Refused, Stopped, Unavailable
+
+        try:
+            body = self._body(request)
+        except Exception as error:  # a template that fails on this row, or text that is not Unicode
+            return Score(None, "parse_error", clip(f"{type(error).__name__}: {error}"))
+        try:
+            reply = client.post("chat/completions", body)
+        except Unavailable as error:
+            return Score(None, "endpoint_error", clip(str(error)))
+        except Stopped:
+            raise EngineError("the judge was closed while rows waited", where=self._where) from None
+        except Refused as error:
+            if score := _of_this_row(error):
+                return score
+            self._refuse(error)
+        if self._config.expected:
+            self._check_logprobs(reply)
+        return guarded(partial(self._read, reply))
+
+    def _body(self, request: RewardRequest) -> dict[str, Any]:
+        config = self._config
+        messages = [{"role": role, "content": content} for role, content in request.messages]
+        question = self._template.render(
+            prompt=messages[-1]["content"],
+            completion=request.text,
+            messages=messages,
+            reference=None if request.reference is None else json.loads(request.reference),
+            lowest=config.lowest,
+            highest=config.highest,
+        )
+        question.encode()  # half a surrogate pair cannot be sent
+        turns = [{"role": "system", "content": config.system}] if config.system is not None else []
+        body: dict[str, Any] = {
+            "model": config.model,
+            "messages": [*turns, {"role": "user", "content": question}],
+            "max_tokens": config.max_tokens,
+            "temperature": config.temperature,
+        }
+        if config.expected:
+            body |= {"logprobs": True, "top_logprobs": _ALTERNATIVES}
+        if config.temperature > 0:
+            body["seed"] = sample_seed(0, request.prompt_id, request.sample_index) >> 33
+        return body
+
+    def _check_logprobs(self, reply: dict[str, Any]) -> None:
+        """Refuse a judge that gives none: falling back would mix two kinds of score in one reward."""
+        choice = _choice(reply)
+        if choice and choice["message"].get("content") and not (choice.get("logprobs") or {}).get("content"):
+            raise EngineError(
+                "the judge gives no log-probabilities, and reward.judge.expected is true",
+                where=self._where,
+                remedy="set reward.judge.expected: false to take the score that it writes",
+            )
+
+    def _read(self, reply: dict[str, Any]) -> float | Score:
+        config, choice = self._config, _choice(reply)
+        if choice is None:
+            return Score(None, "parse_error", f"a reply of another form: {clip(json.dumps(reply), 200)}")
+        text = choice["message"].get("content")
+        if not text:
+            refusal = choice["message"].get("refusal")
+            return Score(None, "parse_error", clip(f"an empty answer{f': {refusal}' if refusal else ''}"))
+        try:
+            cut = choice.get("finish_reason") == "length"
+            score = judge_answer.written(text, config.lowest, config.highest, cut=cut)
+            if not config.expected:
+                return float(score.value)
+            tokens = choice["logprobs"]["content"]
+            return judge_answer.expected(text, tokens, score, config.lowest, config.highest)
+        except judge_answer.Unreadable as error:
+            return Score(None, "parse_error", clip(str(error)))
+
+    def _refuse(self, error: Refused) -> NoReturn:
+        remedy = {
+            401: f"set the environment variable {self._config.key_variable} to a key that it takes",
+            403: f"the key in {self._config.key_variable} may not use this model",
+            404: "see reward.judge.url (it usually ends in /v1) and reward.judge.model",
+        }.get(error.status, "see reward.judge: url, model, max_tokens, temperature, expected")
+        raise EngineError(
+            f"the judge refuses with status {error.status} ({error.message})",
+            where=f"{self._where}, model {self._config.model!r}",
+            remedy=remedy,
+        ) from None
+
+
+def _compile(source: str) -> tuple[jinja2.Template, set[str]]:
+    """The template, in a sandbox and strict about what it names, and the variables that it uses."""
+    from jinja2 import StrictUndefined, TemplateSyntaxError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+    try:
+        used = meta.find_undeclared_variables(environment.parse(source))
+        template = environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"reward.judge.template does not parse ({error.message})",
+            where=f"line {error.lineno}",
+            remedy="it is a jinja template",
+        ) from None
+    unknown = sorted(used - {*VARIABLES, *environment.globals})
+    if unknown:
+        raise ConfigError(
+            f"reward.judge.template names {unknown[0]!r}, which is not known",
+            remedy=f"known are {', '.join(VARIABLES)}",
+        )
+    if "completion" not in used:
+        raise ConfigError(
+            "reward.judge.template does not show the completion",
+            remedy="write {{ completion }} where it belongs",
+        )
+    return template, used
+
+
+def _choice(reply: dict[str, Any]) -> dict[str, Any] | None:
+    match reply:
+        case {"choices": [{"message": dict()} as choice, *_]}:
+            return dict(choice)
+    return None
+
+
+def _of_this_row(error: Refused) -> Score | None:
+    """The status of a row whose own text is the reason of a refusal."""
+    text = error.message.lower()
+    told = clip(f"status {error.status}: {error.message}")
+    if error.status == 413 or error.code == "context_length_exceeded":
+        return Score(None, "too_long", told)
+    if error.status == 400 and ("context length" in text or "maximum model length" in text):
+        return Score(None, "too_long", told)
+    if error.status == 400 and error.code == "content_filter":
+        return Score(None, "parse_error", told)
+    return None

@@ -1,0 +1,81 @@
+"""A conversation with its answer as the token ids that a reward model reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qrpo_core.errors import DataError, ModelError
+from qrpo_core.rewards.base import RewardRequest
+
+
+class Conversations:
+    """Applies a classifier's own chat template: prompt and completion, no opening of another turn.
+
+    One BOS (or [CLS]) where the tokenizer has one: the template's, else the tokenizer's, which then also
+    adds what it would write at the end (as [SEP]). Text that looks like a control token is encoded as text.
+
+    Raises ModelError for a tokenizer without a chat template.
+    """
+
+    def __init__(self, tokenizer: Any, where: str) -> None:
+        self._tokenizer, self._where = tokenizer, where
+        if not tokenizer.chat_template:
+            raise ModelError(
+                "no chat template, which says how the model reads a conversation",
+                where=where,
+                remedy="put the chat_template.jinja that it was trained with beside its tokenizer",
+            )
+        bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        full: list[int] = tokenizer("a")["input_ids"]
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        #: What the tokenizer itself writes before and after a text.
+        self._before, self._after = full[:start], full[start + len(bare) :]
+
+    def encode(self, request: RewardRequest) -> tuple[int, ...]:
+        """Token ids of one row.
+
+        Raises ModelError where the template drops a turn of the prompt or writes BOS twice, DataError where
+        it refuses the conversation, ValueError where it drops or changes the completion.
+        """
+        turns = [{"role": role, "content": content} for role, content in request.messages]
+        turns.append({"role": "assistant", "content": request.text})
+        self._check_text(self._render(turns, request.prompt_id), turns)
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            turns, add_generation_prompt=False, return_dict=False, sanitize_control_tokens=True
+        )
+        before = self._before
+        if before and ids[: len(before)] != before:
+            ids = [*before, *ids, *self._after]
+        elif before and ids[len(before) : 2 * len(before)] == before:
+            raise ModelError(
+                "the chat template begins a conversation with two BOS tokens",
+                where=self._where,
+                remedy="remove one from the template; prompts must not carry a template already",
+            )
+        if not ids:
+            raise ValueError("the reward model's chat template gives no tokens")
+        return tuple(ids)
+
+    def _check_text(self, text: str, turns: list[dict[str, str]]) -> None:
+        for turn in turns[:-1]:
+            if turn["content"].strip() not in text:
+                raise ModelError(
+                    f"the chat template drops or changes the {turn['role']} turn {turn['content'][:40]!r}",
+                    where=self._where,
+                    remedy="use a template that keeps it, or leave that turn out of the prompts",
+                )
+        if turns[-1]["content"].strip() not in text:
+            raise ValueError("the reward model's chat template drops or changes the completion")
+
+    def _render(self, turns: list[dict[str, str]], prompt_id: str) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:
+            raise DataError(
+                f"the reward model's chat template refuses the conversation ({error})",
+                where=f"prompt {prompt_id}, {self._where}",
+                remedy="turns are usually system, user, assistant, user, ...; some templates take no system",
+            ) from None
+        return text

@@ -1,0 +1,203 @@
+"""The examiner: runs the data set's tests, one at a time, where no judged code is ever loaded.
+
+What the tests call is a `Remote`: it sends the arguments away and gives back the plain value that the
+judged process claims. The conversation is with the harness (`code_run`), over standard input and output:
+
+    in   L {"setup", "tests", "names", "entry"}   a row's tests          out  D, or E and why not
+    in   T number                                 run one test           out  P, or F and why, or U and why
+    in   V reply / X reason                       answer to a question   out  C question
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from typing import Any, NoReturn
+
+from qrpo_core.rewards.sandbox_judged import confine, read_frame, take_pipes, write_frame
+from qrpo_core.rewards.sandbox_wire import WireError, decode, encode, parse
+
+
+class CallFailed(BaseException):
+    """A call has no value. Not an Exception: a test's own `except` must not take it for the program's."""
+
+
+class Unaskable(BaseException):
+    """The test passes something that cannot be sent: a fault of the data, not of the program."""
+
+
+class Conversation:
+    """The examiner's end: one question at a time."""
+
+    def __init__(self, requests: int, replies: int) -> None:
+        self._requests = requests
+        self._replies = replies
+        self.classes: dict[str, type] = {}
+        self.failure: Any = None  # of the test that runs: why it cannot pass any more
+
+    def receive(self) -> bytes:
+        """The next message."""
+        return read_frame(self._requests)
+
+    def send(self, message: bytes) -> None:
+        """Send a message."""
+        write_frame(self._replies, message)
+
+    def ask(self, do: str, target: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value that the judged process gives; raises the builtin exception that it says it raised."""
+        try:
+            form = encode((args, kwargs), self.classes, _number)
+        except WireError as error:
+            raise Unaskable(str(error)) from None
+        question = {"do": do, "on": target, "with": form}
+        self.send(b"C" + json.dumps(question, separators=(",", ":")).encode("ascii"))
+        reply = self.receive()
+        if reply[:1] != b"V":
+            self.fail(reply[1:].decode("utf-8", "replace"))
+        try:
+            match parse(reply[1:]):
+                case {"value": form, **rest} if not rest:
+                    return decode(form, self.classes, lambda number: Remote(self, ["kept", number]))
+                case {"error": [str(name), str(text)], **rest} if not rest:
+                    raised = _raised(getattr(builtins, name, None), text)
+                case _:
+                    raise WireError("its reply is none")
+        except WireError as refused:
+            self.fail(f"it gave no plain value: {refused}")
+        raise raised
+
+    def fail(self, reason: str) -> NoReturn:
+        """End the test as not passed, whatever its code does with the exception."""
+        self.failure = self.failure or reason
+        raise CallFailed(reason)
+
+
+class Remote:
+    """Something in the judged process. It can be called, passed on, and its attributes read and set;
+    any other use fails the test: what is not plain data proves nothing."""
+
+    __slots__ = ("_conversation", "_target")
+    _conversation: Conversation
+    _target: list[Any]
+
+    def __init__(self, conversation: Conversation, target: list[Any]) -> None:
+        object.__setattr__(self, "_conversation", conversation)
+        object.__setattr__(self, "_target", target)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._conversation.ask("call", self._target, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._conversation.ask("get", self._target, (name,), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._conversation.ask("set", self._target, (name, value), {})
+
+
+def _refuse(self: Remote, *_: object) -> NoReturn:
+    self._conversation.fail("it gave an object that is no plain data")
+
+
+for _operator in [
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "bool",
+    "len",
+    "iter",
+    "hash",
+    "getitem",
+    "contains",
+    "repr",
+    "str",
+    "add",
+    "radd",
+    "float",
+    "int",
+]:
+    setattr(Remote, f"__{_operator}__", _refuse)
+
+
+def _number(value: object) -> int:
+    if isinstance(value, Remote) and value._target[0] == "kept":
+        return int(value._target[1])
+    raise WireError(f"a value of type {type(value).__name__!r} cannot be sent to the judged program")
+
+
+def _raised(kind: object, text: str) -> Exception:
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        raise WireError("an error that is none")
+    if issubclass(kind, StopIteration | StopAsyncIteration):
+        # Inside map() or all() it would end the test's own loop early, before what it has to check.
+        return RuntimeError(f"the program raised {kind.__name__}")
+    try:
+        return kind(text)
+    except TypeError:  # UnicodeDecodeError and its like want more than a text
+        return ValueError(text)
+
+
+class _Row:
+    """The tests of one row."""
+
+    def __init__(self, conversation: Conversation, form: dict[str, Any]) -> None:
+        self._conversation = conversation
+        self._tests: list[str] = form["tests"]
+        self._globals: dict[str, Any] = {"__name__": "examiner", "__builtins__": builtins}
+        exec(compile(form["setup"], "<setup>", "exec", dont_inherit=True), self._globals)
+        conversation.classes = {
+            name: self._globals[name] for name in form["classes"] if isinstance(self._globals.get(name), type)
+        }
+        for name in form["names"]:
+            self._globals[name] = Remote(conversation, ["name", name])
+        if form["entry"] is not None:
+            self._globals["candidate"] = Remote(conversation, ["candidate", 0])
+
+    def run(self, number: int) -> bytes:
+        conversation = self._conversation
+        conversation.failure = None
+        if "random" in sys.modules:
+            sys.modules["random"].seed(0)  # a test that draws asks every program the same
+        try:
+            test = compile(self._tests[number], "<test>", "exec", dont_inherit=True)
+            exec(test, dict(self._globals))
+        except Unaskable as error:
+            return b"U" + str(error).encode("utf-8", "replace")
+        except BaseException as error:
+            return _failed(conversation.failure or _described(error))
+        # Looked at here too: a test may have swallowed the exception that came with it.
+        return _failed(conversation.failure) if conversation.failure is not None else b"P"
+
+
+def _failed(reason: str) -> bytes:
+    return b"F" + reason.encode("utf-8", "replace")
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:300]
+    except Exception:
+        return type(error).__name__
+
+
+def main() -> None:
+    """Serve rows until the conversation ends. The first argument is the limits, as JSON."""
+    conversation = Conversation(*take_pipes())
+    confine(json.loads(sys.argv[1]))
+    conversation.send(b"ready")
+    row: _Row | None = None
+    while True:
+        message = conversation.receive()
+        if message[:1] == b"L":
+            try:
+                row = _Row(conversation, json.loads(message[1:]))
+            except BaseException as error:
+                row = None
+                conversation.send(b"E" + _described(error).encode("utf-8", "replace"))
+            else:
+                conversation.send(b"D")
+        elif message[:1] == b"T" and row is not None:
+            conversation.send(row.run(int(message[1:])))

@@ -1,0 +1,354 @@
+"""The reward `judge`: what an answer means, what a template may say, and faults of a real HTTP server."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from qrpo_core.config import RewardConfig
+from qrpo_core.errors import ConfigError, DataError, EngineError
+from qrpo_core.http import retry_after, shown
+from qrpo_core.rewards import judge as judge_module
+from qrpo_core.rewards.base import RewardRequest, Score
+from qrpo_core.rewards.config import JudgeRewardConfig
+from qrpo_core.rewards.judge import JudgeReward
+from qrpo_core.rewards.registry import reward_identity
+
+TEMPLATE = "Question: {{ prompt }}\nAnswer: {{ completion }}\nScore {{ lowest }} to {{ highest }}:"
+Reply = tuple[int, dict[str, str], Any]
+
+
+# What is refused before anything is asked.
+
+
+def judge(url: str = "http://127.0.0.1:9/v1", **settings: Any) -> JudgeReward:
+    given = {"model": "j", "template": TEMPLATE, "expected": False, "retry_seconds": 0, **settings}
+    return JudgeReward(JudgeRewardConfig(url=url, **given))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"template": "{{ completion }} {{ answer }}"},
+            "names 'answer', which is not known.*known are prompt",
+        ),
+        ({"template": "{{ completion"}, r"does not parse .*\[line 1\]"),
+        ({"template": "{{ prompt }}"}, "does not show the completion"),
+        ({"url": "localhost:8000"}, "is no http address"),
+        ({"url": "http://user:pass@host/v1"}, "holds a user or a password: .*key_variable"),
+    ],
+)
+def test_a_section_that_cannot_be_meant(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        judge(**settings)
+    assert re.search(message, str(caught.value))
+
+
+def test_scales_that_cannot_be_meant() -> None:
+    with pytest.raises(ValueError, match="highest 3 is not above"):
+        JudgeRewardConfig(url="http://h", model="j", template="x", lowest=3, highest=3)
+    with pytest.raises(ValueError, match="a sign is a token of its own"):
+        JudgeRewardConfig(url="http://h", model="j", template="x", lowest=-3)
+
+
+def test_identity_is_the_question_and_not_the_place() -> None:
+    def identity(**settings: Any) -> dict[str, Any]:
+        section = {"url": "http://a/v1", "model": "j", "template": TEMPLATE, **settings}
+        return reward_identity(RewardConfig(kind="judge", judge=section))
+
+    assert identity() == identity(url="http://b/v1", concurrency=3, retry_seconds=1)
+    assert identity() != identity(template=TEMPLATE + " ")
+    assert identity() != identity(model="k")
+
+
+# A real server.
+
+
+class Judge:
+    """A server on loopback whose answers a test decides; it keeps what it was asked."""
+
+    def __init__(self, answer: Callable[[dict[str, Any], int], Reply]) -> None:
+        self.asked: list[tuple[float, str, dict[str, str], dict[str, Any]]] = []
+        self.most, self._now, lock, judge = 0, 0, threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1  # header and body in one packet
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    judge._now += 1
+                    judge.most = max(judge.most, judge._now)
+                    judge.asked.append((time.monotonic(), self.path, dict(self.headers), body))
+                    turn = len(judge.asked)
+                status, headers, reply = answer(body, turn)
+                with lock:
+                    judge._now -= 1
+                if status == 0:  # hang up
+                    self.close_connection = True
+                    return
+                content = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+                self.send_response(status)
+                for name, value in {**headers, "content-length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    @contextmanager
+    def running(self) -> Iterator[Judge]:
+        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._server.shutdown()
+            self._server.server_close()
+            thread.join()
+
+
+TOKENS = [
+    {
+        "token": "4",
+        "logprob": math.log(0.5),
+        "top_logprobs": [{"token": name, "logprob": math.log(0.5)} for name in ("4", "5")],
+    }
+]
+
+
+def said(
+    text: str | None, finish: str = "stop", tokens: list[dict[str, Any]] | None = None, **more: Any
+) -> Reply:
+    choice = {"message": {"role": "assistant", "content": text, **more}, "finish_reason": finish}
+    return 200, {}, {"choices": [choice | ({"logprobs": {"content": tokens}} if tokens else {})]}
+
+
+def row(text: str, index: int = 0, reference: str | None = None) -> RewardRequest:
+    return RewardRequest(f"p{index}", index, (("system", "S"), ("user", "Q?")), text, reference)
+
+
+def test_what_is_sent() -> None:
+    with Judge(lambda body, turn: said("4")).running() as server:
+        made = judge(server.url + "/", system="Be strict.", max_tokens=5, key_variable="NO_SUCH_KEY")
+        assert made.score([row("It is 3.")]) == [Score(4.0)]
+        _, path, headers, body = server.asked[0]
+        assert path == "/v1/chat/completions"
+        assert not {"authorization", "Authorization"}.intersection(headers)
+        assert body == {
+            "model": "j",
+            "messages": [
+                {"role": "system", "content": "Be strict."},
+                {"role": "user", "content": "Question: Q?\nAnswer: It is 3.\nScore 1 to 9:"},
+            ],
+            "max_tokens": 5,
+            "temperature": 0.0,
+        }
+        judge(server.url, temperature=0.5).score([row("a"), row("a", 1), row("a")])
+        seeds = [asked[3]["seed"] for asked in sorted(server.asked[1:], key=lambda a: a[3]["seed"])]
+        assert len(set(seeds)) == 2  # a function of the row alone
+        made.close()
+
+
+def test_template_variables_and_references() -> None:
+    with Judge(lambda body, turn: said("4")).running() as server:
+        template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
+        template += "{{ completion }}|{{ reference.a }}"
+        made = judge(server.url, template=template)
+        assert made.needs_reference
+        made.score([row("C {{ x }}", 0, '{"a": 7}')])
+        assert server.asked[0][3]["messages"][0]["content"] == "system=S;user=Q?;C {{ x }}|7"
+        (score,) = made.score([row("C", 0, "{}")])  # strict about what is missing inside, too
+        assert score.status == "parse_error"
+        assert "UndefinedError" in score.detail
+        with pytest.raises(DataError, match="no reference"):
+            made.score([row("C")])
+        hostile = judge(server.url, template="{{ completion }}{{ ''.__class__.__mro__ }}")
+        assert hostile.score([row("C")])[0].detail.startswith("SecurityError")
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (said("It is good"), "no integer in the answer 'It is good'"),
+        (said("12"), "12 is outside the scale 1 to 9"),
+        (said("1", finish="length"), "cut"),
+        (said(None, refusal="I cannot"), "empty answer: I cannot"),
+        (said(""), "empty answer"),
+        ((200, {}, {"choices": []}), "another form"),
+        (said("x" * 5000), "no integer"),
+    ],
+)
+def test_answers_that_give_no_score(reply: Reply, reason: str) -> None:
+    with Judge(lambda body, turn: reply).running() as server:
+        (score,) = judge(server.url).score([row("a")])
+        assert score.status == "parse_error"
+        assert reason in score.detail
+        assert len(score.detail) <= 300
+
+
+def test_expected_score_over_the_wire() -> None:
+    with Judge(lambda body, turn: said("4", tokens=TOKENS)).running() as server:
+        assert judge(server.url, expected=True).score([row("a")])[0].reward == pytest.approx(4.5)
+        assert server.asked[0][3]["logprobs"] is True
+        assert server.asked[0][3]["top_logprobs"] == 20
+        assert judge(server.url).score([row("a")])[0].reward == 4.0
+
+
+def test_a_judge_without_log_probs_is_refused_and_never_mixed() -> None:
+    with Judge(lambda body, turn: said("4")).running() as server, pytest.raises(EngineError) as caught:
+        judge(server.url, expected=True).score([row("a")])
+    assert "expected: false" in str(caught.value)
+
+
+def completion(body: dict[str, Any]) -> str:
+    return str(body["messages"][-1]["content"]).split("Answer: ")[1].split("\n")[0]
+
+
+def test_order_progress_and_concurrency() -> None:
+    def answer(body: dict[str, Any], turn: int) -> Reply:
+        time.sleep(0.02)
+        return said(completion(body))
+
+    requests = [row(str(1 + i % 9), i) for i in range(40)]
+    with Judge(answer).running() as server:
+        calls: list[int] = []
+        made = judge(server.url, concurrency=8)
+        assert [s.reward for s in made.score(requests, calls.append)] == [1 + i % 9 for i in range(40)]
+        assert calls == [1] * 40
+        assert 4 <= server.most <= 8
+        assert made.score([]) == []
+
+
+def test_faults_that_pass_are_tried_again() -> None:
+    faults: list[Reply] = [(429, {"retry-after": "1"}, "slow"), (500, {}, "x"), (0, {}, ""), (503, {}, "x")]
+    with Judge(lambda body, turn: faults[turn - 1] if turn <= 4 else said("4")).running() as server:
+        started = time.monotonic()
+        assert judge(server.url, retry_seconds=60).score([row("a")]) == [Score(4.0)]
+        assert len(server.asked) == 5
+        assert server.asked[1][0] - started >= 1.0  # Retry-After
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 408])
+def test_faults_that_stay_are_a_status_of_the_row(status: int) -> None:
+    with Judge(lambda body, turn: (status, {}, "busy")).running() as server:
+        (score,) = judge(server.url, retry_seconds=1).score([row("a")])
+        assert score == Score(None, "endpoint_error", f"status {status}: busy")
+        assert 2 <= len(server.asked) <= 4
+
+
+def test_a_wait_longer_than_the_time_left_is_not_waited() -> None:
+    later = email.utils.formatdate(time.time() + 3600, usegmt=True)
+    with Judge(lambda body, turn: (429, {"retry-after": later}, "x")).running() as server:
+        started = time.monotonic()
+        assert judge(server.url, retry_seconds=30).score([row("a")])[0].status == "endpoint_error"
+        assert time.monotonic() - started < 10
+        assert len(server.asked) == 1
+    assert 3500 < retry_after(later) <= 3600
+    assert [retry_after(value) for value in (None, "7", "soon", "-1")] == [0, 7, 0, 0]
+
+
+def test_time_outs_and_closed_ports_are_endpoint_errors() -> None:
+    def slow(body: dict[str, Any], turn: int) -> Reply:
+        time.sleep(1)
+        return said("4")
+
+    with Judge(slow).running() as server:
+        (score,) = judge(server.url, timeout_seconds=0.1).score([row("a")])
+        assert score.status == "endpoint_error"
+        assert "ReadTimeout" in score.detail
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        (score,) = judge(f"http://127.0.0.1:{held.getsockname()[1]}/v1").score([row("a")])
+        assert "ConnectError" in score.detail
+
+
+def test_a_judge_that_is_away_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "_FAILED_IN_A_ROW", 4)
+    with Judge(lambda body, turn: (503, {}, "away")).running() as server:
+        found = judge(server.url, concurrency=2).score([row("a", i) for i in range(6)])
+        assert [score.status for score in found] == ["endpoint_error"] * 6
+        with pytest.raises(EngineError, match=r"not answered 7 rows in a row .*503: away"):
+            judge(server.url, concurrency=2).score([row("a", i) for i in range(60)])
+        assert len(server.asked) < 30
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 301])
+def test_refusals_end_the_run_at_once_and_keep_the_key(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "very-secret")
+
+    def answer(body: dict[str, Any], turn: int) -> Reply:
+        return status, {}, {"error": {"message": "bad key very-secret", "code": "x"}}
+
+    with Judge(answer).running() as server:
+        with pytest.raises(EngineError) as caught:
+            judge(server.url, key_variable="JUDGE_KEY", concurrency=1, retry_seconds=60).score(
+                [row("a", i) for i in range(50)]
+            )
+        assert server.asked[0][2]["Authorization"] == "Bearer very-secret"
+        assert len(server.asked) <= 2
+        message = str(caught.value)
+        assert str(status) in message
+        assert server.url in message
+        assert caught.value.remedy
+        assert "secret" not in message
+        assert ("JUDGE_KEY" in message) == (status in (401, 403))
+
+
+def test_refusals_of_a_row_are_its_status() -> None:
+    long = {"error": {"message": "This model's maximum context length is 512 tokens", "code": 400}}
+    longer = {"error": {"message": "too big", "code": "context_length_exceeded"}}
+    filtered = {"error": {"message": "no", "code": "content_filter"}}
+    replies: list[Reply] = [(400, {}, long), (400, {}, longer), (413, {}, ""), (400, {}, filtered)]
+    with Judge(lambda body, turn: replies[int(completion(body))]).running() as server:
+        found = judge(server.url).score([row(str(i), i) for i in range(4)])
+        assert [score.status for score in found] == ["too_long", "too_long", "too_long", "parse_error"]
+        assert "maximum context length is 512" in found[0].detail
+
+
+def test_a_reply_that_is_not_json_is_refused() -> None:
+    with (
+        Judge(lambda body, turn: (200, {}, "<html>")).running() as server,
+        pytest.raises(EngineError, match="<html>"),
+    ):
+        judge(server.url).score([row("a")])
+
+
+def test_the_rate_limit_spreads_requests() -> None:
+    with Judge(lambda body, turn: said("4")).running() as server:
+        judge(server.url, requests_per_minute=600, concurrency=8).score([row("a", i) for i in range(8)])
+        times = [asked[0] for asked in server.asked]
+        assert times[-1] - times[0] >= 0.65  # seven gaps of 0.1 s
+
+
+def test_closed_it_opens_again() -> None:
+    with Judge(lambda body, turn: said("4")).running() as server:
+        made = judge(server.url)
+        made.close()
+        assert made.score([row("a")]) == [Score(4.0)]
+        made.close()
+        assert made.score_row(row("a")) == Score(4.0)
+
+
+def test_shown_urls_have_no_secrets() -> None:
+    assert shown("https://u:p@h:1/v1?key=s") == "https://h:1/v1"
+    assert shown("http://[") == "an unreadable URL"

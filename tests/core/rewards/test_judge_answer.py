@@ -1,0 +1,131 @@
+"""What a judge's answer means: the written score, and the expected one by hand-made tables."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from qrpo_core.rewards.judge_answer import Unreadable, expected, written
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7),
+        (" 7\n", 7),
+        ("Score: 7.", 7),
+        ("7/10", 7),
+        ("**7** / 10", 7),
+        ("I give it 7 out of 10!", 7),
+        ("10/10", 10),
+        ("[[3]]", 3),
+        ("5 ... yes, 5", 5),
+        ("07", 7),
+        ("I rate GPT4o a 2", 2),
+    ],
+)
+def test_written_score(text: str, value: int) -> None:
+    score = written(text, 1, 10)
+    assert score.value == value
+    assert int(text[score.start : score.end]) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("good", "no integer"),
+        ("7.5", "no integer"),
+        ("7,5", "no integer"),
+        ("1-10", "no integer"),
+        ("v2", "no integer"),
+        ("11", "outside the scale"),
+        ("0", "outside the scale"),
+        ("-7", "outside the scale"),
+        ("7/8", "several"),
+        ("from 1 to 10, a 7", "several"),
+        ("7 or 8", "several"),
+        ("9" * 30, "outside"),
+    ],
+)
+def test_what_is_no_score(text: str, reason: str) -> None:
+    with pytest.raises(Unreadable, match=reason):
+        written(text, 1, 10)
+
+
+def test_an_answer_that_was_cut_behind_its_number() -> None:
+    assert written("1", 1, 10).value == 1
+    assert written("1.", 1, 10, cut=True).value == 1
+    with pytest.raises(Unreadable, match="cut"):
+        written("1", 1, 10, cut=True)
+
+
+def token(text: str, **chances: float) -> dict[str, Any]:
+    """One place of the answer: its token, and the probability of each alternative (`_7` is " 7")."""
+    listed = {name.replace("_", " ").removeprefix("d"): chance for name, chance in chances.items()}
+    top = [
+        {"token": name, "logprob": math.log(chance) if chance else -9999.0} for name, chance in listed.items()
+    ]
+    return {"token": text, "logprob": math.log(listed[text]), "top_logprobs": top}
+
+
+def golden(text: str, tokens: list[dict[str, Any]], lowest: int, highest: int) -> float:
+    return expected(text, tokens, written(text, lowest, highest), lowest, highest)
+
+
+def test_expected_over_one_digit_by_hand() -> None:
+    assert golden("4", [token("4", d4=0.6, d5=0.3, d3=0.1)], 1, 5) == pytest.approx(
+        0.6 * 4 + 0.3 * 5 + 0.1 * 3
+    )
+    # Outside the scale and words: left out, the rest renormalised over 0.8.
+    found = golden("4", [token("4", d4=0.5, d5=0.3, d9=0.1, Good=0.1)], 1, 5)
+    assert found == pytest.approx((0.5 * 4 + 0.3 * 5) / 0.8)
+    # With and without white space before it: one number. Not the first token; an end token follows.
+    tokens = [
+        token("Score:", Score=0.1, **{"Score:": 0.9}),
+        token(" 2", _2=0.5, d2=0.25, _1=0.25),
+        token("<|end|>", **{"<|end|>": 1.0}),
+    ]
+    assert golden("Score: 2", tokens, 1, 5) == pytest.approx(2 * 0.75 + 1 * 0.25)
+
+
+def test_expected_where_ten_is_one_token() -> None:
+    found = golden("9", [token("9", d9=0.5, d10=0.3, d1=0.2)], 1, 10)
+    assert found == pytest.approx(0.5 * 9 + 0.3 * 10 + 0.2 * 1)
+    assert golden("10", [token("10", d9=0.25, d10=0.75)], 1, 10) == pytest.approx(9.75)
+    assert golden("1", [token("1", d1=0.5, d10=0.5)], 1, 10) == pytest.approx(5.5)
+
+
+def test_expected_where_ten_is_two_tokens() -> None:
+    # Written 10: P(1) = 0.6 goes on with 0 in 0.9 of cases, and ends in 0.1.
+    ten = [token("1", d1=0.6, d9=0.4), token("0", d0=0.9, end=0.1)]
+    assert golden("10", ten, 1, 10) == pytest.approx(0.54 * 10 + 0.06 * 1 + 0.4 * 9)
+    # Written 1: the next token says how much of it would have been 10.
+    one = [token("1", d1=0.6, d2=0.4), token("!", d0=0.2, **{"!": 0.8})]
+    assert golden("1!", one, 1, 10) == pytest.approx(0.48 * 1 + 0.12 * 10 + 0.4 * 2)
+    # Not written: 1 may be 1 or 10. Up to 1 % is left out, more is refused.
+    assert golden("9", [token("9", d9=0.991, d1=0.009)], 1, 10) == 9
+    with pytest.raises(Unreadable, match=r"probability 0.300 .* begin several numbers"):
+        golden("9", [token("9", d9=0.7, d1=0.3)], 1, 10)
+    with pytest.raises(Unreadable, match="begin several numbers"):  # the end's probability is not told
+        golden("1", [token("1", d1=0.6, d2=0.4)], 1, 10)
+
+
+def test_expected_refuses_too_little_mass_and_tokens_that_do_not_fit() -> None:
+    with pytest.raises(Unreadable, match=r"only probability 0.400"):
+        golden("4", [token("4", d4=0.4, Good=0.6)], 1, 5)
+    assert golden("4", [token("4", d4=0.5, Good=0.5)], 1, 5) == 4
+    with pytest.raises(Unreadable, match="do not spell"):
+        golden("4", [token("5", d5=1.0)], 1, 5)
+    with pytest.raises(Unreadable, match="shares its token ':4'"):
+        golden(":4", [token(":4", **{":4": 1.0})], 1, 5)
+
+
+def test_tokens_are_aligned_by_bytes() -> None:
+    split = "\u4e2d".encode()
+    pieces = [
+        {"token": "\ufffd", "bytes": list(split[:2]), "logprob": -0.1},
+        {"token": "\ufffd", "bytes": list(split[2:]), "logprob": -0.1},
+    ]
+    assert golden("\u4e2d3", [*pieces, token("3", d3=1.0)], 1, 5) == 3
