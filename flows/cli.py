@@ -1,7 +1,8 @@
-"""`qrpo`: run, plan, show, report, config; explain, budget; ls, verify, gc, compact.
+"""`qrpo`: run, plan, show, report, config; explain, budget; ls, verify, gc, compact; doctor.
 
-Exit status: 0 done; 1 something broke, or `verify` found damage; 2 bad input (one line says what, where and
-the remedy; nothing was written); 130 interrupted (what was committed stays).
+Exit status: 0 done; 1 something broke, `verify` found damage, or `doctor` misses what every run needs; 2 bad
+input (one line says what, where and the remedy; nothing was written); 130 interrupted (what was committed
+stays).
 
 What the commands do is in `commands.py`.
 """
@@ -68,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="the same as JSON")
     _add_budget(added)
     _add_upkeep(added)
+    about = "what this machine has of what a run may need, and what to do about the rest"
+    doctor = added.add_parser("doctor", help=about, description=about[0].upper() + about[1:] + ".")
+    doctor.set_defaults(command=commands.doctor)
     return parser
 
 

@@ -161,6 +161,14 @@ def gc(options: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(options: argparse.Namespace) -> int:
+    from qrpo_core.doctor import doctor_lines, examine
+
+    found = examine()
+    _print(doctor_lines(found))
+    return 0 if all(each.ok for each in found if each.needed) else 1
+
+
 def compact(options: argparse.Namespace) -> int:
     from qrpo_core.inventory.compaction import compact, compaction_lines
 

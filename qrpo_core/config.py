@@ -82,9 +82,22 @@ class PromptsConfig(Section):
     path: str | None = Field(None, description="file: JSONL or Parquet, local or s3://.")
     name: str | None = Field(None, description="hub: data set name (or a local data set directory).")
     revision: str | None = Field(None, description="hub: revision of the data set.")
+    subset: str | None = Field(
+        None, description="hub: which of the data set's configurations, if it has several."
+    )
     split: str = Field("train", description="hub: which split to read.")
+    streaming: bool = Field(
+        False,
+        description="hub: read rows as they arrive instead of downloading the whole data set first.",
+        json_schema_extra=Speed,
+    )
     prompt_field: str = Field("prompt", description="file, hub: a string or a list of messages.")
     reference_field: str | None = Field(None, description="file, hub: what the reward checks against.")
+    reference_fields: tuple[str, ...] = Field(
+        (),
+        description="file, hub: columns that together are the reference, an object with their names, such as "
+        "the tests of a programming problem.",
+    )
     chosen_field: str | None = Field(None, description="file, hub: preferred completion or conversation.")
     rejected_field: str | None = Field(None, description="file, hub: other completion or conversation.")
     completion_fields: tuple[str, ...] = Field(
@@ -115,6 +128,8 @@ class PromptsConfig(Section):
             raise ValueError("prompts.chosen_field and prompts.rejected_field come together")
         if self.completion_fields and self.chosen_field is not None:
             raise ValueError("prompts.completion_fields and prompts.chosen_field exclude each other")
+        if self.reference_field is not None and self.reference_fields:
+            raise ValueError("prompts.reference_field and prompts.reference_fields exclude each other")
         self._check_completions()
         return self
 
@@ -130,13 +145,13 @@ class PromptsConfig(Section):
 
 def _prompt_fields(kind: str) -> set[str]:
     drawn = {"size", "seed"}
-    read = {"split", "prompt_field", "reference_field", "chosen_field", "rejected_field"}
+    read = {"prompt_field", "reference_field", "reference_fields", "chosen_field", "rejected_field"}
     read |= {"completion_fields", "completion_text_field", "completion_reward_field"}
     own = {
         "template": {"templates", "words"} | drawn,
         "reasoning_gym": {"task", "parameters"} | drawn,
-        "file": {"path"} | (read - {"split"}),
-        "hub": {"name", "revision"} | read,
+        "file": {"path"} | read,
+        "hub": {"name", "revision", "subset", "split", "streaming"} | read,
     }[kind]
     return own | {"kind", "held_out", "system", "limit"}
 

@@ -47,7 +47,10 @@ def read_hub(config: PromptsConfig) -> Iterator[RawRow]:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         dataset = _load(config, identity.get("commit"), folder if "files" in identity else None)
         where = f"{name}[{config.split}]"
-        columns = check_columns(dataset.column_names, config, where)
+        known = dataset.column_names or list(
+            next(iter(dataset), {})
+        )  # a stream may not know before its first row
+        columns = check_columns(known, config, where)
         number = 0
         for batch in dataset.select_columns(columns).iter(batch_size=_BATCH):
             for values in zip(*(batch[column] for column in columns), strict=True):
@@ -60,16 +63,20 @@ def _load(config: PromptsConfig, commit: str | None, cache: str | None) -> Any:
 
     name = config.name or ""
     try:
-        builder = datasets.load_dataset_builder(name, revision=commit, cache_dir=cache)
-        builder.download_and_prepare()
-        known = [str(split) for split in builder.info.splits or {}]
+        builder = datasets.load_dataset_builder(name, config.subset, revision=commit, cache_dir=cache)
+        if config.streaming:
+            known = [str(split) for split in builder.as_streaming_dataset()]
+        else:
+            builder.download_and_prepare()
+            known = [str(split) for split in builder.info.splits or {}]
         if re.split(r"[\[+]", config.split)[0] not in known:
             raise DataError(
                 f"data set {name!r} has no split {config.split!r}",
                 where="prompts.split",
                 remedy=f"it has {', '.join(known)}",
             )
-        dataset = builder.as_dataset(split=config.split)
+        open_split = builder.as_streaming_dataset if config.streaming else builder.as_dataset
+        dataset = open_split(split=config.split)
     except DataError:
         raise
     except Exception as error:  # the library raises families of its own and of the hub's client

@@ -48,6 +48,8 @@ def parse_row(row: Mapping[str, Any], source: str, config: PromptsConfig, notes:
     if config.reference_field is not None:
         reference = field(row, config.reference_field, source)
         notes["without_reference"] += reference is None
+    elif config.reference_fields:
+        reference = {name: field(row, name, source) for name in config.reference_fields}
     completions = read_completions(row, source, config, notes)
     prefix, place = shared_turns(completions, source)
     given = row.get(config.prompt_field)
@@ -96,7 +98,7 @@ def check_columns(columns: Iterable[str], config: PromptsConfig, where: str) -> 
     """
     known = list(columns)
     wanted = [config.prompt_field, config.reference_field, config.chosen_field, config.rejected_field]
-    wanted += config.completion_fields
+    wanted += [*config.reference_fields, *config.completion_fields]
     answered = config.chosen_field is not None or bool(config.completion_fields)
     optional = answered and "prompt_field" not in config.model_fields_set
     found = []

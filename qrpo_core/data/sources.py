@@ -12,6 +12,7 @@ kind: file
     JSON Lines (.jsonl, .ndjson, also .gz) or Parquet at `path`, local or s3://. `prompt_field` holds a
     string (one user turn) or a list of messages with role (system, user, assistant) and content, ending
     with a user turn. `reference_field`, if named, holds any JSON value; an explicit null is a row without.
+    `reference_fields`, if named, make an object of several columns the reference.
     `chosen_field` and `rejected_field`, if named, hold completions: a string, a list with the
     assistant's turn alone, or the whole conversation, whose turns before the last must be the prompt's.
     `completion_fields`, if named, are columns of further completions: each a completion as above, a
@@ -21,8 +22,8 @@ kind: file
     Where they are conversations the prompt field may be absent, unless prompts.prompt_field was set.
 
 kind: hub
-    A Hugging Face data set by `name`, `revision` and `split`, or a local data set directory; fields as
-    in kind file.
+    A Hugging Face data set by `name`, `revision`, `subset` and `split`, or a local data set directory; fields
+    as in kind file. With `streaming` rows are read as they arrive.
 
 For all kinds `system` is put before prompts that have no system turn (and makes them other prompts), equal
 prompts are merged with their completions, unequal references of one prompt are refused, and `limit` keeps

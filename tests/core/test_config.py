@@ -50,7 +50,7 @@ def test_overrides_are_yaml_values_at_dotted_keys(file: Path) -> None:
         ("objective", {"beta": -0.1}, "objective.beta = -0.1 is refused"),
         ("objective", {"beta": float("nan")}, "objective.beta = nan is refused"),
         ("objective", {"transform": "cube"}, "'identity', 'log'"),
-        ("reward", {"kind": "weighted"}, "reward.terms is empty"),
+        ("reward", {"kind": "weighted"}, "reward.terms is missing"),
         ("reward", {"kind": "weighted", "terms": [{"weight": 1, "reward": {"kind": "lenght"}}]}, "'lenght'"),
         (
             "reward",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from qrpo_core.config import Experiment, Section, WeightedTerm
+from qrpo_core.config import Experiment, RewardConfig, Section, WeightedTerm
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,6 +19,10 @@ def sections() -> dict[str, type[Section]]:
     for name, field in Experiment.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             found[name] = field.annotation
+    for name, field in RewardConfig.model_fields.items():
+        for kind in get_args(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, Section) and kind is not WeightedTerm:
+                found[f"reward.{name}"] = kind
     return found
 
 
@@ -32,7 +37,20 @@ def test_every_field_is_documented_and_every_documented_field_exists() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "plan", "show", "report", "config", "explain", "budget", "ls", "verify", "gc", "compact"],
+    [
+        "run",
+        "plan",
+        "show",
+        "report",
+        "config",
+        "explain",
+        "budget",
+        "ls",
+        "verify",
+        "gc",
+        "compact",
+        "doctor",
+    ],
 )
 def test_every_command_is_documented(command: str) -> None:
     assert f"qrpo {command}" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")

@@ -183,3 +183,86 @@ def test_a_hub_data_set_is_pinned_to_its_commit(tmp_path):
         server.server_close()
     settings["HF_ENDPOINT"] = "http://127.0.0.1:9"
     assert "the hub cannot be asked for data set 'org/sums'" in run(0, "org/sums")[0]
+
+
+CHAT = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+
+
+def turns(question, answer):
+    return [CHAT[0] | {"content": question}, CHAT[1] | {"content": answer}]
+
+
+def test_preference_data_in_message_lists(tmp_path):
+    """UltraFeedback binarised: a prompt column, and chosen and rejected as whole conversations."""
+    rows = [
+        {
+            "prompt": f"question {n}",
+            "prompt_id": f"{n:x}",
+            "chosen": turns(f"question {n}", f"good {n}"),
+            "rejected": turns(f"question {n}", f"bad {n}"),
+            "messages": turns(f"question {n}", f"good {n}"),
+            "score_chosen": 8.5,
+            "score_rejected": 4.0,
+        }
+        for n in [*range(20), 3]
+    ]
+    write(tmp_path / "ultra" / "train_prefs.jsonl", rows)
+    found = load_prompts(config(tmp_path / "ultra", chosen_field="chosen", rejected_field="rejected"))
+    assert found.counts["read"] == 21
+    assert found.counts["merged"] == found.counts["repeated_pairs"] == 1
+    assert len(found.offline) == 40
+    sides = {(row["text"], row["label"]) for row in found.offline.to_pylist()}
+    assert ("good 7", "chosen") in sides
+    assert ("bad 7", "rejected") in sides
+
+
+def test_instructions_with_conversations_alone(tmp_path):
+    """Magpie with preferences: the prompt stands in the conversations only, beside columns of its making."""
+    rows = [
+        {
+            "uuid": str(n),
+            "instruction": f"do {n}",
+            "chosen": turns(f"do {n}", "a"),
+            "rejected": turns(f"do {n}", "b"),
+        }
+        for n in range(20)
+    ]
+    write(tmp_path / "magpie" / "train.jsonl", rows)
+    found = load_prompts(config(tmp_path / "magpie", chosen_field="chosen", rejected_field="rejected"))
+    assert [row["messages"] for row in found.prompts.to_pylist()][4] == [{"role": "user", "content": "do 4"}]
+    assert len(found.offline) == 40
+
+
+def test_a_reference_of_several_columns(tmp_path):
+    rows = [{"text": f"add {n}", "test_list": [f"assert f({n})"], "test_setup_code": ""} for n in range(20)]
+    write(tmp_path / "code" / "train.jsonl", rows)
+    fields = {"prompt_field": "text", "reference_fields": ("test_list", "test_setup_code")}
+    found = load_prompts(config(tmp_path / "code", **fields)).prompts.to_pylist()
+    assert json.loads(found[2]["reference"]) == {"test_list": ["assert f(2)"], "test_setup_code": ""}
+    with pytest.raises(DataError, match="no column 'test'"):
+        load_prompts(config(tmp_path / "code", prompt_field="text", reference_fields=("test",)))
+    with pytest.raises(ValueError, match="exclude each other"):
+        config(tmp_path / "code", reference_field="test_list", **fields)
+
+
+def test_a_stream_gives_the_same_prompts_and_names(folder):
+    whole = load_prompts(config(folder, reference_field="answer"))
+    stream = load_prompts(config(folder, reference_field="answer", streaming=True))
+    assert stream.prompts.equals(whole.prompts)
+    assert stream.counts == whole.counts
+    with pytest.raises(DataError, match="has no split 'validation'"):
+        load_prompts(config(folder, split="validation", streaming=True))
+    with pytest.raises(DataError, match="no column 'question'"):
+        load_prompts(config(folder, prompt_field="question", streaming=True))
+
+
+def test_one_of_several_configurations(tmp_path):
+    card = "---\nconfigs:\n"
+    for name in ("easy", "hard"):
+        card += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
+        write(tmp_path / "both" / f"{name}.jsonl", [{"prompt": f"{name} {n}"} for n in range(10)])
+    (tmp_path / "both" / "README.md").write_text(card + "---\n")
+    found = load_prompts(config(tmp_path / "both", subset="hard", held_out=0.5)).prompts.to_pylist()
+    assert found[0]["messages"][0]["content"] == "hard 0"
+    with pytest.raises(DataError, match="easy"):  # says which there are
+        load_prompts(config(tmp_path / "both", held_out=0.5))
