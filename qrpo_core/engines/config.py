@@ -49,6 +49,11 @@ class VllmConfig(Section):
     quantization: str | None = Field(
         None, description="Such as fp8: then the rows are those of the quantised policy, and named so."
     )
+    merged: bool = Field(
+        True,
+        description="Draw from a LoRA policy with its adapters merged; false: unmerged, beside the weights "
+        "that they were trained on.",
+    )
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs that share one engine.")
     engines: PositiveInt | None = Field(
         None, description="Engines at once; null: as many as the visible GPUs hold, and one without GPUs."

@@ -38,7 +38,7 @@ class VllmEngine:
     Parameters
     ----------
     directory : what `from_pretrained` loads.
-    dtype : "bfloat16" or "float32", of weights and arithmetic.
+    dtype : "bfloat16" or "float32", of weights and arithmetic; float32 on a CPU without bfloat16 of its own.
     config : see there. Each engine is a process group that ends when this process does, killed or not.
     adapters : LoRA adapters (peft's adapter_config.json and weights) that stand beside the model; they are
         used unmerged.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qrpo_core.engines.config import VllmConfig
+from qrpo_core.engines.numerics import compute_dtype
 from qrpo_core.errors import ConfigError, EngineError
 
 #: Ranks that vLLM makes room for.
@@ -92,6 +93,8 @@ def llm_arguments(
         "logprobs_mode": "raw_logprobs",  # at temperature 1, whatever the draw
     }
     if not visible_gpus():
+        # Where a CPU multiplies no bfloat16 itself, the transformers engine computes in float32, too.
+        arguments["dtype"] = str(compute_dtype(dtype, "cpu")).removeprefix("torch.")
         # Reading a prompt in pieces, vLLM rewinds the generators of seeded rows; those of the CPU cannot.
         arguments["enable_chunked_prefill"] = False
     if adapters is not None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from qrpo_core.config import Experiment, RewardConfig, recipe_fields
-from qrpo_core.engines.base import Progress, SampleRequest, SamplingParams, ScoreRequest
+from qrpo_core.engines.base import Engine, Progress, SampleRequest, SamplingParams, ScoreRequest
 from qrpo_core.ids import sample_seed
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
 from qrpo_core.rewards.base import RewardRequest
@@ -21,7 +21,7 @@ from qrpo_core.rewards.registry import reward_identity
 from qrpo_core.steps import budgets
 from qrpo_core.steps.budgets import Budget
 from qrpo_core.steps.completions import Completions
-from qrpo_core.steps.policies import Policy
+from qrpo_core.steps.policies import ADAPTER, Policy
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import BlockPlan, Wanted, row_key
 from qrpo_core.store.recipe import Recipe
@@ -118,10 +118,19 @@ class SampleStep:
     def read(self, pairs: Sequence[tuple[str, int]]) -> pa.Table:
         return self.workspace.blocks.read_pairs(self.recipe, pairs, COMPLETIONS)
 
+    def engine(self) -> Engine:
+        """The engine that draws, with the policy loaded."""
+        experiment, policy = self.workspace.experiment, self.policy
+        kind = experiment.sampling.engine
+        if kind == "vllm" and not experiment.vllm.merged and policy.base is not None:
+            adapters = policy.directory / ADAPTER
+            return self.workspace.engine(policy.base.directory, kind=kind, adapters=adapters)
+        return self.workspace.engine(policy.directory, kind=kind)
+
     def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
         settings = self.workspace.experiment.sampling
         chat = self.workspace.chat(self.policy.directory)
-        engine = self.workspace.engine(self.policy.directory, kind=settings.engine)
+        engine = self.engine()
         messages = _messages(self.prompts)
         tokens = {run.key: chat.prompt_token_ids(messages[run.key]) for run in plan.runs}
         requests = [

@@ -141,7 +141,8 @@ class EvaluationChain:
 
 def trained_policy(round_: Round) -> Policy:
     """The policy that a round made; MissingError if it has not yet."""
-    return policies.stored(round_.workspace, round_.workspace.artifacts.get(round_.train))
+    manifest = round_.workspace.artifacts.get(round_.train)
+    return policies.stored(round_.workspace, manifest, round_.start)
 
 
 def chain(workspace: Workspace, reference: Policy, asked: Recipe, found: PromptTables) -> Chain:

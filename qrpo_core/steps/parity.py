@@ -120,7 +120,7 @@ def compare(step: SampleStep, progress: Progress) -> dict[str, Any]:
     drawn = trainer.sample(requests, params, progress)
     sequences = [ScoreRequest(tokens[row.prompt_id], row.token_ids) for row in drawn]
     trained = trainer.token_logprobs(sequences)
-    sampler = workspace.engine(directory, kind=experiment.sampling.engine)
+    sampler = step.engine()
     sampled = sampler.token_logprobs(sequences)
     return {
         "engine": sampler.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from qrpo_core.store.recipe import Recipe
 
 VERSION = 1
 
+#: Folder of LoRA adapters in the directory of the policy that they were merged into.
+ADAPTER = "adapter"
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -22,10 +25,13 @@ class Policy:
 
     digest : of weights, config, tokenizer and chat template; for a hub model, of its commit.
     locate : fetches it if need be and says where it lies; planning never asks.
+    base : the policy that it was trained from with LoRA, whose adapters lie in `adapter/` of its directory;
+        None where all weights were trained, or none.
     """
 
     digest: str
     locate: Callable[[], Path]
+    base: Policy | None = None
 
     @property
     def directory(self) -> Path:
@@ -65,9 +71,11 @@ def reference(workspace: Workspace, source: ModelSource) -> Policy | None:
     return None if manifest is None else stored(workspace, manifest)
 
 
-def stored(workspace: Workspace, manifest: Manifest) -> Policy:
-    """The policy of a model or train artifact."""
-    return at(workspace.artifacts.folder(manifest, "policy"))
+def stored(workspace: Workspace, manifest: Manifest, start: Policy | None = None) -> Policy:
+    """The policy of a model or train artifact. start : the one that training started from."""
+    policy = at(workspace.artifacts.folder(manifest, "policy"))
+    adapted = f"policy/{ADAPTER}/adapter_config.json" in manifest.files
+    return replace(policy, base=start) if adapted else policy
 
 
 def at(directory: Path) -> Policy:

@@ -54,11 +54,13 @@ class Workspace:
             self._chats[directory] = Chat.load(directory)
         return self._chats[directory]
 
-    def engine(self, directory: Path, *, kind: str, precision: str | None = None) -> Engine:
+    def engine(
+        self, directory: Path, *, kind: str, precision: str | None = None, adapters: Path | None = None
+    ) -> Engine:
         """The engine for a policy's directory. Asking for another one closes the one before."""
         from qrpo_core.engines.registry import make_engine
 
-        wanted = (directory, kind, precision)
+        wanted = (directory, kind, precision, adapters)
         if self._engine is None or self._engine[0] != wanted:
             self.close()
             engine = make_engine(
@@ -71,6 +73,7 @@ class Workspace:
                 precision=precision,
                 vllm=self.experiment.vllm,
                 endpoint=self.experiment.endpoint,
+                adapters=adapters,
             )
             self._engine = (wanted, engine)
         return self._engine[1]

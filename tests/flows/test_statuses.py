@@ -156,7 +156,10 @@ def service() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # else connections are refused when many come at once
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -173,7 +176,7 @@ def test_judges_that_do_not_answer_or_not_with_a_score(
         "model": "judge",
         "template": "Rate: {{ completion }}",
         "expected": False,
-        "retry_seconds": 0.0,
+        "retry_seconds": 1.0,
     }
     answers = ["one", "three", "prose", "broken", "broken too"]
     wanted = experiment(long_model, tmp_path, answers, {"kind": "judge", "judge": judge})

@@ -57,10 +57,8 @@ def with_sampler(step: SampleStep, monkeypatch: pytest.MonkeyPatch, sampler: Eng
     """Let another engine stand behind the endpoint; the trainer's is the real one."""
     real = Workspace.engine
 
-    def engine(self: Workspace, directory: Path, *, kind: str, precision: str | None = None) -> Engine:
-        if kind == "endpoint":
-            return sampler
-        return real(self, directory, kind=kind, precision=precision)
+    def engine(self: Workspace, directory: Path, *, kind: str, **how: Any) -> Engine:
+        return sampler if kind == "endpoint" else real(self, directory, kind=kind, **how)
 
     monkeypatch.setattr(Workspace, "engine", engine)
 
