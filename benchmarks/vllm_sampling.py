@@ -4,7 +4,8 @@
     python benchmarks/vllm_sampling.py [--prompts 16] [--samples 8] [--rounds 3] [--output FILE]
 
 Both have SmolLM2-135M-Instruct loaded in bfloat16 (float32 on a CPU without it), in a process each, and draw
-in turn: ours through `VllmEngine.sample` (requests handed to a child process, answers handed back and checked), the other with one
+in turn: ours through `VllmEngine.sample` (requests handed to a child process, answers handed back and
+checked), the other with one
 `LLM.generate` of the same token ids, seeds, limits and log-probs. Loading and one round to warm up are not
 counted. The other side runs as vLLM starts by itself, its core in a further process, with a tokenizer and
 texts made; ours on the CPU has the core in the child and makes no texts. The ratio is of each round's

@@ -131,13 +131,16 @@ def cost(workspace: Workspace, step: BlockStep) -> dict[str, Any]:
     blocks = [b for b in workspace.blocks.committed(step.recipe) if any(run.key in wanted for run in b.runs)]
     tokens = sum(int(block.facts.get("tokens", 0)) for block in blocks)
     seconds = sum(block.seconds for block in blocks)
-    note = f"{tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
+    notes = [f"{tokens / seconds:,.0f} tokens/s"] if tokens and seconds else []
+    notes += sorted({str(block.facts["engine"]) for block in blocks if "engine" in block.facts})
+    if any(block.facts.get("exact") is False for block in blocks):
+        notes.append("drawn again, rows would differ: this engine's depend on what is computed beside them")
     return {
         "stage": step.label,
         "rows": count_rows(wanted),
         "blocks": len(blocks),
         "seconds": seconds,
-        "note": note,
+        "note": ", ".join(notes),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import prefect  # noqa: F401  (it remembers the address that the environment had when it was imported)
 import pytest
 
 from flows.server import PrefectServer, prefect_server
