@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 
 #: What may pass: too early, too many requests, and failures of the server. 408: it waited too long for us.
-_PASSING = frozenset({408, 425, 429})
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+PASSING = frozenset({408, 425, 429})
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 _EXCERPT = 300
 
 
@@ -76,7 +76,7 @@ class Client:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The service's JSON object. Raises Refused, Unavailable or Stopped."""
-        started, wait = time.monotonic(), _FIRST_WAIT
+        started, wait = time.monotonic(), FIRST_WAIT
         while True:
             self._take_turn()
             asked = 0.0
@@ -87,7 +87,7 @@ class Client:
             except httpx.RequestError as error:
                 reason = self._safe(f"{type(error).__name__}: {error}")
             else:
-                if response.status_code not in _PASSING and response.status_code < 500:
+                if response.status_code not in PASSING and response.status_code < 500:
                     return self._read(response)
                 reason = f"status {response.status_code}: {self._safe(response.text)}"
                 asked = retry_after(response.headers.get("retry-after"))
@@ -95,7 +95,7 @@ class Client:
             if time.monotonic() - started + pause > self._retry_seconds:
                 raise Unavailable(reason)
             self._wait(pause)
-            wait = min(_LONGEST_WAIT, 2 * wait)
+            wait = min(LONGEST_WAIT, 2 * wait)
 
     def stop(self) -> None:
         """Make requests that wait give up (`Stopped`); those under way come to their end."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import email.utils
 import os
 import random
 import time
@@ -16,12 +15,9 @@ import httpx
 
 from qrpo_core.engines.config import EndpointConfig
 from qrpo_core.errors import ConfigError, EngineError
+from qrpo_core.http import FIRST_WAIT, LONGEST_WAIT, PASSING, retry_after
 
 T = TypeVar("T")
-
-#: Answers that pass: too early, too many, or trouble at the server or in front of it.
-_PASSING = {408, 425, 429, 500, 502, 503, 504}
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 
 
 def base_url(config: EndpointConfig) -> str:
@@ -77,7 +73,7 @@ class Client:
         """
         url = f"{self.url}{path}"
         started: float | None = None
-        pause, tries = _FIRST_PAUSE, 0
+        pause, tries = FIRST_WAIT, 0
         while True:
             tries += 1
             wanted = 0.0
@@ -88,10 +84,10 @@ class Client:
             else:
                 if response.status_code == 200:
                     return _json(response, url)
-                if response.status_code not in _PASSING:
+                if response.status_code not in PASSING and response.status_code < 500:
                     raise self._refusal(response, url)
                 trouble = self._told(response)
-                wanted = _retry_after(response)
+                wanted = retry_after(response.headers.get("retry-after"))
             now = time.monotonic()
             started = now if started is None else started
             wait = max(wanted, pause * random.uniform(0.5, 1.0))
@@ -104,7 +100,7 @@ class Client:
                     "endpoint.timeout_seconds, endpoint.retry_seconds), then run again",
                 )
             await asyncio.sleep(wait)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = min(2 * pause, LONGEST_WAIT)
 
     def _refusal(self, response: httpx.Response, url: str) -> EngineError:
         variable = self._config.key_variable
@@ -176,14 +172,3 @@ def _json(response: httpx.Response, url: str) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise EngineError("the answer is no JSON object", where=url, remedy="look at endpoint.url")
     return answer
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait; 0 where it does not say."""
-    value = response.headers.get("retry-after", "").strip()
-    if value.isdecimal():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0

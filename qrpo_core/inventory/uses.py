@@ -9,10 +9,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from qrpo_core.config import Experiment
 from qrpo_core.errors import MissingError
 from qrpo_core.ids import canonical_json, digest_json
 from qrpo_core.policy import POLICY_FILES
-from qrpo_core.steps import evaluation, policies, prompts
+from qrpo_core.steps import evaluation, parity, policies, prompts
+from qrpo_core.steps.blocks import BlockStep, drawn_from
 from qrpo_core.steps.chain import Chain, chain
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.prompts import PromptTables
@@ -116,8 +118,8 @@ def uses(workspace: Workspace, stored: Iterable[Stored]) -> Uses:
     recipes = list(_recipes(known))
     now = frozenset(recipe.key for recipe in recipes)
     kinds = {_kind(recipe.to_dict()) for recipe in (*recipes, *_evaluation(workspace, known))}
-    fake = workspace.experiment.sampling.engine == "fake"
-    names = set(now) | _spellings(known.reference.digest, fake)
+    experiment = workspace.experiment
+    names = set(now) | _spellings(experiment, known.reference.digest)
     grown = True
     while grown:
         grown = False
@@ -126,7 +128,7 @@ def uses(workspace: Workspace, stored: Iterable[Stored]) -> Uses:
                 names.add(each.key)
                 grown = True
             if each.key in names and each.policy is not None and each.policy not in names:
-                names |= _spellings(each.policy, fake)
+                names |= _spellings(experiment, each.policy)
                 grown = True
     return Uses(now, frozenset(needed(names, stored)))
 
@@ -141,7 +143,7 @@ def needed(names: Iterable[str], stored: Iterable[Stored]) -> set[str]:
     found: set[str] = set()
     left = list(names)
     while left:
-        name = left.pop().removeprefix("fake:")
+        name = left.pop().rpartition(":")[2]  # a policy's own name, without what `drawn_from` adds
         if name in found:
             continue
         found.add(name)
@@ -180,17 +182,17 @@ def _recipes(known: Chain) -> Iterator[Recipe]:
     rounds = list(known.planned_rounds())
     for round_ in rounds:
         yield from _of_round(round_)
-    yield from (step.recipe for step in known.before)
+    yield from _steps(known.before)
     last = rounds[-1]
     whole = last.number == known.workspace.experiment.rounds.count
     if whole and known.workspace.artifacts.find(last.train) is not None:
         end = known.after(last)
-        yield from (step.recipe for step in (*end.after, *end.divergence))
+        yield from _steps((*end.after, *end.divergence))
         yield from (end.evaluate, end.report)
 
 
 def _of_round(round_: Round) -> Iterator[Recipe]:
-    yield from (step.recipe for step in round_.row_steps)
+    yield from _steps(round_.row_steps)
     for rewards in (round_.rewards, round_.references):
         if rewards is not None:
             yield from (rewards.recipe, rewards.completions.recipe, rewards.completions.texts)
@@ -209,6 +211,14 @@ def _kind(recipe: dict[str, Any]) -> str:
     return canonical_json([recipe["step"], recipe["version"], config, sorted(recipe["inputs"])])
 
 
-def _spellings(policy: str, fake: bool) -> set[str]:
-    """How recipes of an experiment name a policy: see `steps.blocks.sample_recipe`."""
-    return {policy, f"fake:{policy}"} if fake else {policy}
+def _spellings(experiment: Experiment, policy: str) -> set[str]:
+    """How recipes of an experiment name a policy: see `steps.blocks.drawn_from`."""
+    return {policy, drawn_from(experiment, policy)}
+
+
+def _steps(steps: Iterable[BlockStep]) -> Iterator[Recipe]:
+    """The recipes of steps, and of the comparison that one may need before."""
+    for step in steps:
+        if (asked := parity.gate(step)) is not None:
+            yield asked.recipe
+        yield step.recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from qrpo_core.engines.base import Engine
 from qrpo_core.engines.hf import TransformersEngine
 from qrpo_core.errors import EngineError
+from qrpo_core.inventory.garbage import garbage
 from qrpo_core.policy import load_model
 from qrpo_core.steps import prompts
 from qrpo_core.steps.blocks import SampleStep
@@ -95,6 +97,8 @@ def test_the_same_policy_passes_once_and_for_all(
     assert again is not None
     again.build(progress)
     assert drawn == 3, "made once a policy and engine"
+    left = garbage([step.workspace], datetime.now(UTC) + timedelta(days=1))
+    assert not [each.what for each in left if "parity" in each.what]
 
 
 def test_another_policy_is_refused_with_the_rows_that_differ_most(
