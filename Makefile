@@ -8,7 +8,7 @@ TRL_VENV := .venv-trl
 VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env demo arithmetic test test-fast lint serve bench bench-trl bench-vllm lock clean
+.PHONY: help install vllm-env demo arithmetic test test-fast lint serve deploy workers bench bench-trl bench-vllm lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,9 +55,15 @@ lint: $(STAMP)  ## formatting, style, types, layers
 serve: $(STAMP)  ## a Prefect server with its UI on http://127.0.0.1:4200
 	$(BIN)/python -m flows.server
 
+deploy: $(STAMP)  ## put the deployments on the server that is configured, or on that of make serve
+	$(BIN)/python -m flows.deploy
+
+workers: $(STAMP)  ## a worker of each work pool on this machine, until Ctrl-C
+	$(BIN)/python -m flows.workers
+
 bench: $(STAMP)  ## benchmarks; results land in benchmarks/results/
 	for script in $(filter-out benchmarks/_% benchmarks/training_vs_trl.py benchmarks/vllm_sampling.py,$(wildcard benchmarks/*.py)); do \
-		$(BIN)/python $$script || exit 1; done
+		$(BIN)/python $$script --output benchmarks/results/$$(basename $$script .py).json || exit 1; done
 
 # Beside TRL, which lives in an environment of its own and knows nothing of our package. About ten minutes.
 bench-trl: $(STAMP) $(TRL_VENV)/.installed  ## training steps beside TRL's DPOTrainer: tokens/s and memory

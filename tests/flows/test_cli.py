@@ -261,3 +261,22 @@ for arguments in (["explain", "good.yaml", prompt], ["explain", "good.yaml", pro
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_doctor_says_what_is_missing_and_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qrpo_core import doctor
+
+    monkeypatch.setattr(
+        doctor, "CHECKS", (doctor.check_python, doctor.check_packages, doctor.check_bubblewrap)
+    )
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert call("doctor") == 0  # not every run needs a sandbox
+    said = capsys.readouterr().out
+    assert "bwrap is not on the path" in said
+    assert "bubblewrap: apt install bubblewrap" in said
+    broken = doctor.Check("python", False, "3.9", "install Python 3.11 or newer", needed=True)
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: broken,))
+    assert call("doctor") == 1
+    assert "install Python 3.11 or newer" in capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""A service as an operator has it: a server, the deployments put there by `make deploy`, workers as children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import prefect  # noqa: F401  (it remembers the address that the environment had when it was imported)
+import pytest
+import yaml
+
+from flows.deploy import ROOT
+from flows.server import PrefectServer, prefect_server
+from qrpo_core.experiments import load_experiment
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """A real server on loopback with a database of its own; children find it by the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        patch.setenv("PREFECT_WORKER_QUERY_SECONDS", "1")  # default 10
+        with prefect_server(PrefectServer().start()) as server:
+            yield server
+
+
+@pytest.fixture(scope="module")
+def deployed(server: PrefectServer) -> str:
+    """What `make deploy` printed."""
+    return deploy()
+
+
+def deploy() -> str:
+    """What the target `deploy` of the Makefile runs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.deploy"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workers(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`make workers` in the background; yields its log. Ctrl-C must end it, and every process of it."""
+    log = tmp_path_factory.mktemp("workers") / "log"
+    with log.open("wb") as out:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "flows.workers"],
+            cwd=ROOT,
+            env={**os.environ, "PREFECT_LOGGING_COLORS": "false"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield log
+        os.killpg(started.pid, signal.SIGINT)  # what a terminal does
+        assert started.wait(30) == 0, log.read_text()
+    finally:
+        started.kill()
+        started.wait()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+    """Parameters of a run, as the UI's form sends them: every field, 20 prompts, the fake engine."""
+    path = tmp_path / "small.yaml"
+    changed = {
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "prompts": {
+            "kind": "template",
+            "templates": ["Say {w}"],
+            "words": {"w": [f"item {number}" for number in range(20)]},
+            "size": 20,
+        },
+        "sampling": {"engine": "fake", "references_per_prompt": 4, "max_new_tokens": 12},
+        "reward": {"kind": "length", "max_words": 1},
+        "store": {"path": str(tmp_path / "store")},
+    }
+    path.write_text(yaml.safe_dump(changed))
+    return load_experiment(path).model_dump(mode="json")
