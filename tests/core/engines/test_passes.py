@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrpo_core.engines.passes import Passes, out_of_memory
@@ -46,6 +46,7 @@ def test_every_row_comes_once_and_passes_keep_to_the_budget(lengths: list[int], 
     assert counted == len(lengths)
 
 
+@settings(max_examples=6, deadline=None)  # each shortage collects garbage, of a whole test session
 @pytest.mark.parametrize("fail", [cpu_is_full, device_is_full, machine_is_full])
 @given(lengths=LENGTHS, memory=st.integers(300, 3000))
 def test_the_budget_is_halved_until_it_fits_and_stays_so(

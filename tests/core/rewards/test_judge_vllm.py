@@ -84,6 +84,7 @@ TEMPLATE = (
 )
 
 
+@pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_real_vllm_server_judges(vllm_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
