@@ -24,8 +24,10 @@ def run(experiment: Experiment, name: str) -> int:
     flow = _flow(name)  # imports Prefect while the server boots
     console = Console(stderr=True)
     from tasks.progress import use_console
+    from tasks.stages import passed
 
     use_console(console)
+    passed(experiment)
     with prefect_server(server) as server:
         console.print(
             f"{name} {experiment.name}, store {experiment.store.path}, UI {server.ui_url}", highlight=False

@@ -19,6 +19,7 @@ from prefect.utilities.annotations import quote
 
 from qrpo_core.config import Experiment
 from qrpo_core.errors import DamagedError
+from qrpo_core.preflight import check
 from qrpo_core.steps import parity, training
 from qrpo_core.steps.blocks import BlockStep
 from qrpo_core.steps.rounds import Round
@@ -52,15 +53,27 @@ class Stage:
 def workspace_of(experiment: Experiment) -> Workspace:
     """The workspace that the flows of one process share for an experiment, engine included.
 
-    Made once, when it is seen that the store can do what everything rests on: create an object only if there
+    Made once, when everything that is cheap to find wrong has been looked for (a run of a deployment begins
+    here), and when it is seen that the store can do what everything rests on: create an object only if there
     is none.
     """
     return _workspace(experiment.model_dump_json())
 
 
+_passed = ""
+
+
+def passed(experiment: Experiment) -> None:
+    """Note that preflight has let an experiment pass: the flows of this process do not repeat it."""
+    global _passed
+    _passed = experiment.model_dump_json()
+
+
 @lru_cache(maxsize=1)
 def _workspace(experiment: str) -> Workspace:
     workspace = Workspace(Experiment.model_validate_json(experiment))
+    if experiment != _passed:
+        check(workspace)
     workspace.objects.check_conditional()
     return workspace
 

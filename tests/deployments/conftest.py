@@ -1,12 +1,11 @@
-"""A service as an operator has it: a server, the deployments put there by `make deploy`, workers as children."""
+"""A service as an operator has it: a server, deployments put there by `make deploy`, and its workers."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +30,57 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
 
 
 @pytest.fixture(scope="module")
-def deployed(server: PrefectServer) -> str:
-    """What `make deploy` printed."""
-    return deploy()
+def deploy(server: PrefectServer) -> Callable[[], str]:
+    """What the target `deploy` of the Makefile runs; returns what it printed."""
 
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.deploy"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-def deploy() -> str:
-    """What the target `deploy` of the Makefile runs."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.deploy"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run
 
 
 @pytest.fixture(scope="module")
-def workers(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """`make workers` in the background; yields its log. Ctrl-C must end it, and every process of it."""
-    log = tmp_path_factory.mktemp("workers") / "log"
+def deployed(deploy: Callable[[], str]) -> str:
+    """The deployments are on the server; what the command printed the first time."""
+    return deploy()
+
+
+@pytest.fixture(scope="module")
+def working(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """`make workers` in the background: the process, the leader of its group, and its log.
+
+    Runs can import the module `endless`, whose reward `score` does not come to an end.
+    """
+    folder = tmp_path_factory.mktemp("workers")
+    (folder / "endless.py").write_text("import time\n\n\ndef score(batch):\n    time.sleep(600)\n")
+    log = folder / "log"
     with log.open("wb") as out:
         started = subprocess.Popen(
             [sys.executable, "-m", "flows.workers"],
             cwd=ROOT,
-            env={**os.environ, "PREFECT_LOGGING_COLORS": "false"},
+            env={**os.environ, "PYTHONPATH": str(folder), "PREFECT_LOGGING_COLORS": "false"},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        yield log
-        os.killpg(started.pid, signal.SIGINT)  # what a terminal does
-        assert started.wait(30) == 0, log.read_text()
+        yield started, log
     finally:
-        started.kill()
-        started.wait()
+        if started.poll() is None:
+            started.terminate()
+        started.wait(60)
+
+
+@pytest.fixture
+def workers(working: tuple[Any, Path]) -> Path:
+    """The log of workers that run."""
+    started, log = working
+    assert started.poll() is None, log.read_text()
+    return log
 
 
 @pytest.fixture

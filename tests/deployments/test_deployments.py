@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
+import socket
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import httpx
 import pytest
@@ -15,14 +19,18 @@ import pytest
 from flows import deploy as module
 from flows.deploy import POOLS, ROOT, create_pools, enter_checkout, form_defaults, service_url
 from flows.server import PrefectServer
-from flows.workers import LIMITS
+from flows.workers import LIMITS, _children
+from qrpo_core import preflight
 from qrpo_core.config import Experiment
 from qrpo_core.errors import QRPOError
 from qrpo_core.experiments import load_experiment
 from qrpo_core.steps.chain import reference_steps
 from qrpo_core.steps.workspace import Workspace
+from tasks import stages
 
 DEMO = load_experiment(ROOT / "experiments/demo.yaml")
+#: Of the 20 prompts of `settings`: the others are held out, by the hash of each.
+TRAINED_ON = 15
 #: Name (of the flow and of the deployment), entrypoint, tags.
 EXPECTED = {
     "align": ("flows/align.py:align", {"qrpo", "sampling", "training", "evaluation"}),
@@ -32,10 +40,24 @@ EXPECTED = {
     "top-up": ("flows/top_up.py:top_up", {"qrpo", "sampling", "nightly"}),
 }
 
+#: Fields whose title, with the choices and limits that the schema has, is description enough.
+SPEAK_FOR_THEMSELVES = {
+    "Experiment.name",
+    "EvaluationConfig.seed",
+    "PromptsConfig.kind",
+    "RewardConfig.kind",
+    "WeightedTerm.weight",
+    *(f"TrainingConfig.{f}" for f in ("epochs", "learning_rate", "schedule", "warmup_ratio", "weight_decay")),
+}
+
 
 def ask(server: PrefectServer, method: str, path: str, **body: Any) -> Any:
     """A request to the API; its answer, or an AssertionError with what the server said."""
-    answer = httpx.request(method, f"{server.url}{path}", json=body or None, timeout=30)
+    for _ in range(20):
+        answer = httpx.request(method, f"{server.url}{path}", json=body or None, timeout=30)
+        if answer.status_code != 503:  # "database is locked": Prefect's own client asks again, too
+            break
+        time.sleep(0.5)
     assert answer.is_success, answer.text
     return answer.json()
 
@@ -58,10 +80,15 @@ def end(server: PrefectServer, run: str, log: Path, seconds: float = 90) -> dict
     raise AssertionError(f"still {found['state']}\n{log.read_text()}")
 
 
-def lines(server: PrefectServer, run: str) -> list[str]:
-    """The run's log."""
-    wanted = {"flow_run_id": {"any_": [run]}}
-    return [entry["message"] for entry in ask(server, "POST", "/logs/filter", logs=wanted)]
+def said(server: PrefectServer, run: str, pattern: str, seconds: float = 20) -> None:
+    """Wait for a line of the run's log (they come in batches)."""
+    deadline = time.monotonic() + seconds
+    while True:
+        entries = ask(server, "POST", "/logs/filter", logs={"flow_run_id": {"any_": [run]}})
+        if any(re.search(pattern, entry["message"]) for entry in entries):
+            return
+        assert time.monotonic() < deadline, f"no {pattern!r} in {[entry['message'] for entry in entries]}"
+        time.sleep(0.3)
 
 
 def references(experiment: Experiment) -> Counter[int]:
@@ -102,9 +129,196 @@ def test_what_the_command_puts_on_the_server(server: PrefectServer, deployed: st
 
 
 @pytest.mark.slow
-def test_a_second_time_changes_nothing(server: PrefectServer, deployed: str) -> None:
-    before = {d["name"]: d["id"] for d in ask(server, "POST", "/deployments/filter")}
-    assert create_pools(server.url) == []
-    from tests_deploy import deploy  # replaced below
+def test_a_second_time_changes_nothing(
+    server: PrefectServer, deployed: str, deploy: Callable[[], str]
+) -> None:
+    def standing() -> Any:
+        pools = ask(server, "POST", "/work_pools/filter")
+        found = ask(server, "POST", "/deployments/filter")
+        kept = ("id", "parameters", "tags", "entrypoint", "description", "parameter_openapi_schema")
+        return {p["name"]: p["id"] for p in pools}, {d["name"]: {k: d[k] for k in kept} for d in found}
+
+    before = standing()
     assert "created." not in deploy()
-    assert {d["name"]: d["id"] for d in ask(server, "POST", "/deployments/filter")} == before
+    assert standing() == before
+
+
+@pytest.mark.slow
+def test_a_pool_of_another_type_is_refused(server: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(server, "POST", "/work_pools/", name="elsewhere", type="docker")
+    monkeypatch.setattr(module, "POOLS", {"elsewhere": ""})
+    with pytest.raises(QRPOError, match=r"work pool 'elsewhere' has type 'docker'.*rename"):
+        create_pools(server.url)
+
+
+@pytest.mark.slow
+def test_every_field_of_the_form_explains_itself(server: PrefectServer, deployed: str) -> None:
+    found = ask(server, "GET", "/deployments/name/align/align")
+    schema = found["parameter_openapi_schema"]
+    assert schema["required"] == ["experiment"]
+    definitions = schema["definitions"]
+    reached, silent = set(), set()
+    for name, section in definitions.items():
+        assert section["description"], name
+        for field, properties in section["properties"].items():
+            if not {"description", "$ref"} & set(properties):  # what a $ref leads to has a description
+                silent.add(f"{name}.{field}")
+            reached |= {r for r in definitions if f"'#/definitions/{r}'" in str(properties)}
+    assert silent <= SPEAK_FOR_THEMSELVES
+    assert reached == set(definitions) - {"Experiment"}  # no reference leads nowhere
+    kinds = definitions["RewardConfig"]["properties"]["kind"]["enum"]
+    assert {"sentiment", "judge", "code", "weighted"} <= set(kinds)
+    assert definitions["SamplingConfig"]["properties"]["references_per_prompt"]["default"] == 8
+
+
+@pytest.mark.slow
+def test_a_run_with_a_raised_budget_draws_the_difference(
+    server: PrefectServer, workers: Path, settings: dict[str, Any]
+) -> None:
+    from flows.precompute import precompute
+
+    precompute(Experiment.model_validate(settings))  # as `qrpo run` does
+    assert references(Experiment.model_validate(settings)) == {4: TRAINED_ON}
+
+    settings["sampling"]["references_per_prompt"] = 6
+    run = start(server, "precompute", settings)
+    found = end(server, run, workers)
+    assert found["state"]["type"] == "COMPLETED", workers.read_text()
+    assert found["name"] == "precompute-small"
+    assert references(Experiment.model_validate(settings)) == {6: TRAINED_ON}
+    computed, reused = 2 * TRAINED_ON, 4 * TRAINED_ON
+    for stage in ("sample references", "score references", "reference log-probs"):
+        said(server, run, rf" {stage} +{computed} rows computed, {reused} reused \(")
+    said(server, run, r" prompts +cached, 1 artifact reused \(")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        (
+            "sampling",
+            "references_per_prompt",
+            1,
+            "Flow run encountered an exception: ConfigError: sampling.references_per_prompt = 1 is too few "
+            "[training_data.mode 'random', objective.kind 'qrpo']: set it to 2 or more "
+            "(transform 'identity', and each is left out of its own comparison)",
+        ),
+        (
+            "reward",
+            "max_words",
+            None,
+            "Validation of flow parameters failed with error: ParameterTypeError: Flow run received invalid "
+            "parameters:\n - experiment.reward: Value error, reward.max_words is missing; "
+            "kind 'length' needs it",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_in_the_state_and_writes_nothing(
+    server: PrefectServer,
+    workers: Path,
+    settings: dict[str, Any],
+    section: str,
+    field: str,
+    value: Any,
+    message: str,
+) -> None:
+    settings[section][field] = value
+    run = start(server, "precompute", settings)
+    state = end(server, run, workers)["state"]
+    assert (state["type"], state["message"]) == ("FAILED", message)
+    assert not Path(settings["store"]["path"]).exists()
+
+
+@pytest.mark.slow
+def test_a_value_that_the_form_would_refuse_is_refused_by_the_server(
+    server: PrefectServer, deployed: str, settings: dict[str, Any]
+) -> None:
+    settings["sampling"]["references_per_prompt"] = 0
+    before = ask(server, "POST", "/flow_runs/count")
+    with pytest.raises(AssertionError, match=r"0 is less than the minimum of 1"):
+        start(server, "precompute", settings)
+    assert ask(server, "POST", "/flow_runs/count") == before
+
+
+@pytest.mark.slow
+def test_a_worker_of_each_pool_is_online(server: PrefectServer, workers: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        online = {
+            pool: [w["status"] for w in ask(server, "POST", f"/work_pools/{pool}/workers/filter")]
+            for pool in POOLS
+        }
+        if all(online.values()):
+            break
+        time.sleep(0.3)
+    assert online == {"cpu": ["ONLINE"], "gpu": ["ONLINE"]}, workers.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the children of a process")
+def test_ctrl_c_ends_the_workers_and_the_record_says_that_of_their_run(
+    server: PrefectServer, working: tuple[Any, Path], workers: Path, settings: dict[str, Any]
+) -> None:
+    settings["reward"] = {"kind": "python", "python": {"function": "endless:score"}}
+    run = start(server, "precompute", settings)
+    said(server, run, "sample references +[0-9]+ rows computed", seconds=90)
+    started, _ = working
+    children = set(_children(started.pid))
+    grandchildren = {run for worker in children for run in _children(worker)}
+    assert len(children) == len(POOLS)
+    assert grandchildren
+    os.killpg(started.pid, signal.SIGINT)  # what a terminal does
+    assert started.wait(60) == 0, workers.read_text()
+    assert not [pid for pid in children | grandchildren if Path(f"/proc/{pid}").exists()]
+    assert end(server, run, workers, seconds=5)["state"]["type"] == "CRASHED"
+
+
+@pytest.mark.slow
+def test_preflight_is_once_a_run(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def check(workspace: Workspace) -> None:
+        looked.append(workspace.experiment.sampling.references_per_prompt)
+        preflight.check(workspace)
+
+    monkeypatch.setattr(stages, "check", check)
+    for budget, passed_before in ((4, False), (5, True), (6, False)):
+        settings["sampling"]["references_per_prompt"] = budget
+        experiment = Experiment.model_validate(settings)
+        if passed_before:
+            stages.passed(experiment)  # `qrpo run` has looked already
+        assert stages.workspace_of(experiment) is stages.workspace_of(experiment)
+    assert looked == [4, 6]
+
+
+def test_every_pool_has_a_limit_or_none() -> None:
+    assert set(LIMITS) == set(POOLS)
+    assert LIMITS["gpu"] == 1
+
+
+def test_no_server_is_a_clear_refusal() -> None:
+    from prefect.settings import temporary_settings
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/api"
+    with (
+        temporary_settings({"api.url": url}),
+        pytest.raises(QRPOError, match=rf"no Prefect server answers at {url}.*make serve"),
+    ):
+        service_url()
+
+
+def test_a_run_works_in_the_checkout_wherever_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert enter_checkout() == {"directory": str(ROOT)}
+    assert Path.cwd() == ROOT
+    assert (Path.cwd() / "deployments/prefect.yaml").is_file()
+
+
+def test_the_form_begins_with_the_file() -> None:
+    (key, value), *_ = form_defaults("experiments/demo.yaml").items()
+    assert key == "experiment"
+    assert Experiment.model_validate(value) == DEMO

@@ -1,0 +1,121 @@
+"""`make workers`: a worker of each work pool on this machine, in the foreground, ended together.
+
+Ctrl-C, SIGTERM or a closed terminal interrupts the runs in progress, which the server then shows as Crashed,
+and ends the workers; what the runs committed stays. A second Ctrl-C kills the workers. If this process is
+killed, its workers die with it, and their runs go on to their end (Linux).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from flows.deploy import POOLS, ROOT, service_url
+from qrpo_core.die_with_parent import die_with_parent
+from qrpo_core.errors import QRPOError
+
+#: How many runs a pool's worker takes at a time; None: any number.
+LIMITS: dict[str, int | None] = {"cpu": None, "gpu": 1}
+
+#: What a run of a worker has in its environment, unless ours says otherwise: what `qrpo run` sets.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "DO_NOT_TRACK": "1"}
+#: Seconds that runs have to record that they were interrupted.
+_GRACE = 20.0
+_BOOT = "from flows.workers import _child; _child()"
+
+
+class _Stop(Exception):
+    """A signal that ends the workers."""
+
+
+def main() -> int:
+    """Run the workers until one of them ends or a signal comes. Returns the exit status."""
+    environment = {**_ENVIRONMENT, **os.environ, "PREFECT_API_URL": service_url()}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _raise_stop)
+    workers: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for pool in POOLS:
+            workers[pool] = _start(pool, environment)
+        while all(worker.poll() is None for worker in workers.values()):
+            time.sleep(0.5)
+        ended = ", ".join(f"{pool} ({w.returncode})" for pool, w in workers.items() if w.poll() is not None)
+        print(f"error: ended by itself, with the status: {ended}", file=sys.stderr)
+        return 1
+    except _Stop:
+        return 0
+    finally:
+        _end(list(workers.values()))
+
+
+def _start(pool: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    arguments = ["worker", "start", "--pool", pool, "--type", "process"]
+    if (limit := LIMITS[pool]) is not None:
+        arguments += ["--limit", str(limit)]
+    return subprocess.Popen(
+        [sys.executable, "-c", _BOOT, str(os.getpid()), *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C reaches us alone, and we tell each worker once
+    )
+
+
+def _end(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Interrupt the runs in progress, then end the workers and wait; a second signal to us kills them."""
+    try:
+        # A worker that is told to stop kills its runs, and the server shows them as running for ever. A run
+        # that gets Ctrl-C itself records its end.
+        for run in (runs := [run for worker in workers for run in _children(worker.pid)]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(run, signal.SIGINT)
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline and any(
+            run in _children(worker.pid) for worker in workers for run in runs
+        ):
+            time.sleep(0.1)
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait()
+    except _Stop:
+        for worker in workers:
+            worker.kill()
+    for worker in workers:
+        worker.wait()
+
+
+def _children(parent: int) -> list[int]:
+    """Process ids of a process's children; none where the system does not tell (only Linux does)."""
+    lists = []
+    with contextlib.suppress(OSError):  # a thread, or the process, that ends meanwhile
+        lists = [file.read_text() for file in Path(f"/proc/{parent}/task").glob("*/children")]
+    return [int(child) for text in lists for child in text.split()]
+
+
+def _raise_stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Stop
+
+
+def _child() -> None:
+    """The life of a worker's process: the `prefect` command, until it is told to stop or its parent dies."""
+    parent, *arguments = sys.argv[1:]
+    die_with_parent(int(parent))
+    sys.argv[:] = ["prefect", *arguments]
+    from prefect.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except QRPOError as error:
+        sys.exit(f"error: {error}")
