@@ -130,7 +130,7 @@ def materialise(source: ModelSource, dtype: str, out_dir: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = Path(source.location)
-    with _no_progress_bars():
+    with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             gguf_file=file.name,
@@ -166,7 +166,7 @@ def load_model(directory: Path, dtype: str, *, device: str = "cpu") -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _no_progress_bars():
+    with no_progress_bars():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
@@ -273,7 +273,7 @@ def _snapshot(repository: str, revision: str | None, patterns: Iterable[str]) ->
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Loading bars off and on again; warnings are untouched."""
     from transformers import modeling_gguf_pytorch_utils as gguf_loader
     from transformers.utils import logging

@@ -68,7 +68,7 @@ class VllmConfig(Section):
 
 
 class EndpointConfig(Section):
-    """A running OpenAI-compatible server of the policy; used where sampling.engine is endpoint."""
+    """A running OpenAI-compatible server of the reference policy, where sampling.engine is endpoint."""
 
     url: str | None = Field(None, description="Base URL, such as http://host:8000/v1.")
     model: str | None = Field(None, description="Name under which it serves the policy; null: the only one.")

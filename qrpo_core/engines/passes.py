@@ -24,12 +24,16 @@ class Passes:
         self.max_tokens = max_tokens
 
     def run(
-        self, lengths: Sequence[int], work: Callable[[list[int]], None], progress: Progress = no_progress
+        self,
+        lengths: Sequence[int],
+        work: Callable[[list[int]], None],
+        progress: Progress = no_progress,
+        name: Callable[[int], str] = "row {}".format,
     ) -> None:
         """Call `work` with the rows of every pass, longest first; each row once, whatever memory does.
 
         lengths : tokens of each row. work : takes row numbers; one that raises for want of memory must have
-        changed nothing, since its rows come again in smaller passes.
+        changed nothing, since its rows come again in smaller passes. name : what a row is called in messages.
 
         Raises EngineError naming a row that does not fit by itself.
         """
@@ -39,19 +43,16 @@ class Passes:
             for batch in plan_step(left, widths, max_tokens=self.max_tokens)[0]:
                 rows = list(batch.items)
                 if not _fits(partial(work, rows)):
-                    self._lower(batch.tokens, rows, lengths)
+                    if len(rows) == 1:
+                        raise EngineError(
+                            f"a row of {batch.width} tokens does not fit into memory by itself",
+                            where=name(rows[0]),
+                            remedy="use a device with more memory, or leave the row out; rows are never cut",
+                        )
+                    self.max_tokens = max(1, min(self.max_tokens, batch.tokens) // 2)
                     break
                 progress(len(rows))
                 left = left[~np.isin(left, rows, assume_unique=True)]
-
-    def _lower(self, tokens: int, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        if len(rows) == 1:
-            raise EngineError(
-                f"a row of {lengths[rows[0]]} tokens does not fit into memory by itself",
-                where=f"row {rows[0]}",
-                remedy="use a device with more memory, or remove the row; rows are never cut",
-            )
-        self.max_tokens = max(1, min(self.max_tokens, tokens) // 2)
 
 
 def _fits(call: Callable[[], None]) -> bool:
@@ -78,5 +79,6 @@ def out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # The CPU's allocator raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # The CPU's allocator and some libraries of accelerators raise a plain RuntimeError.
+    told = ("can't allocate memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in told)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,9 @@ import numpy.typing as npt
 import torch
 
 from qrpo_core.engines.numerics import compute_dtype, pick_device
+from qrpo_core.engines.passes import Passes
 from qrpo_core.errors import ConfigError, EngineError, ModelError
+from qrpo_core.policy import no_progress_bars
 from qrpo_core.rewards.config import ModelRewardConfig
 from qrpo_core.rewards.model_source import check_label
 
@@ -71,9 +72,10 @@ class Classifier:
         self._pad: int | None = _text_config(model).pad_token_id
         #: A padding token of our choice, which the head must never meet at the end of a row.
         self._chosen = self._pad is None
-        self._budget = config.batch_tokens
+        budget = config.batch_tokens
         if self._device.type == "cpu":
-            self._budget = min(self._budget, _CPU_TOKENS * torch.get_num_threads())
+            budget = min(budget, _CPU_TOKENS * torch.get_num_threads())
+        self._passes = Passes(budget)
         self.side: Side | None = None
 
     def scores(self, names: Mapping[Ids, str], done: Callable[[Ids], None]) -> dict[Ids, float]:
@@ -89,16 +91,13 @@ class Classifier:
             return {}
         if self.side is None:
             self.side = self.check([ids for ids, _ in zip(names, range(_FIRST), strict=False)], names)
-        order = sorted(names, key=lambda ids: (-len(ids), ids))
         found: dict[Ids, float] = {}
-        while order:
-            # The longest comes first, so memory runs out at once or not at all.
-            count = max(1, self._budget // max(1, len(order[0])))
-            batch, order = order[:count], order[count:]
-            values = self._halving(batch, names, self.side, len(batch[0]))
-            for ids, value in zip(batch, values, strict=True):
-                found[ids] = float(value)
-                done(ids)
+
+        def keep(ids: Ids, value: float) -> None:
+            found[ids] = value
+            done(ids)
+
+        self._score(list(names), names, self.side, keep)
         return found
 
     def check(self, rows: Sequence[Ids], names: Mapping[Ids, str]) -> Side:
@@ -113,12 +112,12 @@ class Classifier:
         golden = [by_length[place] for place in places]
         self._choose_pad(golden)
         width = min(self.max_length, len(golden[-1]) + _EXTRA)
-        alone = np.array([self._halving([ids], names, "right", len(ids))[0] for ids in golden])
+        alone = np.array([self._each([ids], names, "right", len(ids))[0] for ids in golden])
         limit = TOLERANCE[self._dtype]
         reports = []
         sides: tuple[Side, ...] = ("right", "left")
         for side in sides:
-            padded = self._halving(golden, names, side, width)
+            padded = self._each(golden, names, side, width)
             with np.errstate(invalid="ignore"):
                 share = np.abs(padded - alone) / np.maximum(1.0, np.abs(alone))
             # NaN alone is the row's own fault (a parse_error) and says nothing of padding.
@@ -172,28 +171,31 @@ class Classifier:
         values: npt.NDArray[np.float64] = logits[:, self._config.label or 0].double().cpu().numpy()
         return values
 
-    def _halving(
+    def _score(
+        self,
+        rows: Sequence[Ids],
+        names: Mapping[Ids, str],
+        side: Side,
+        keep: Callable[[Ids, float], None],
+        width: int | None = None,
+    ) -> None:
+        """Hand every row's output over to `keep`, pass by pass. width : all are padded to it."""
+
+        def work(places: list[int]) -> None:
+            batch = [rows[place] for place in places]
+            for ids, value in zip(batch, self.padded(batch, side, width).tolist(), strict=True):
+                keep(ids, value)
+
+        lengths = [width or len(ids) for ids in rows]
+        self._passes.run(lengths, work, name=lambda row: names[rows[row]])
+
+    def _each(
         self, rows: Sequence[Ids], names: Mapping[Ids, str], side: Side, width: int
     ) -> npt.NDArray[np.float64]:
-        """`padded`, in halves where memory runs out; later batches are no larger than what fitted."""
-        try:
-            return self.padded(rows, side, width)
-        except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            told = str(error).strip().partition("\n")[0]
-        # Outside the handler, whose traceback keeps the batch's tensors alive.
-        self._free()
-        if len(rows) == 1:
-            raise EngineError(
-                f"a row of {len(rows[0])} tokens does not fit into memory ({told[:120]})",
-                where=names[rows[0]],
-                remedy="lower reward.model.max_length below that, or free memory",
-            )
-        half = (len(rows) + 1) // 2
-        self._budget = min(self._budget, half * width)
-        parts = [self._halving(part, names, side, width) for part in (rows[:half], rows[half:])]
-        return np.concatenate(parts)
+        """The outputs of different rows padded to `width`, [rows]."""
+        found: dict[Ids, float] = {}
+        self._score(rows, names, side, found.__setitem__, width)
+        return np.array([found[ids] for ids in rows])
 
     def _choose_pad(self, rows: Sequence[Ids]) -> None:
         """Where the model's config names no padding: a special token that ends no row.
@@ -246,7 +248,7 @@ def load_tokenizer(folder: Path, config: ModelRewardConfig) -> Any:
 def _load(folder: Path, config: ModelRewardConfig) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    with _no_progress_bars():
+    with no_progress_bars():
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder,
@@ -313,23 +315,3 @@ def _max_length(config: ModelRewardConfig, tokenizer: Any, model: Any, offset: i
             remedy="set reward.model.max_length",
         )
     return int(min(limits))
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return "DefaultCPUAllocator" in text or "out of memory" in text.lower()
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -118,13 +118,19 @@ class SampleStep:
     def read(self, pairs: Sequence[tuple[str, int]]) -> pa.Table:
         return self.workspace.blocks.read_pairs(self.recipe, pairs, COMPLETIONS)
 
+    @property
+    def engine_kind(self) -> str:
+        """Which engine draws. A server serves the reference: a policy that was trained is drawn from here."""
+        kind = self.workspace.experiment.sampling.engine
+        return "transformers" if kind == "endpoint" and self.policy.start is not None else kind
+
     def engine(self) -> Engine:
         """The engine that draws, with the policy loaded."""
-        experiment, policy = self.workspace.experiment, self.policy
-        kind = experiment.sampling.engine
-        if kind == "vllm" and not experiment.vllm.merged and policy.base is not None:
+        policy, kind = self.policy, self.engine_kind
+        unmerged = kind == "vllm" and not self.workspace.experiment.vllm.merged
+        if unmerged and policy.adapted and policy.start is not None:
             adapters = policy.directory / ADAPTER
-            return self.workspace.engine(policy.base.directory, kind=kind, adapters=adapters)
+            return self.workspace.engine(policy.start.directory, kind=kind, adapters=adapters)
         return self.workspace.engine(policy.directory, kind=kind)
 
     def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:

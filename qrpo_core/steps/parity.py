@@ -82,7 +82,7 @@ def gate(step: object) -> Gate | None:
     if not isinstance(step, SampleStep):
         return None
     experiment = step.workspace.experiment
-    if experiment.sampling.engine not in _OTHERS or not experiment.parity.rows:
+    if step.engine_kind not in _OTHERS or not experiment.parity.rows:
         return None
     return Gate(step)
 

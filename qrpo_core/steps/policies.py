@@ -25,13 +25,14 @@ class Policy:
 
     digest : of weights, config, tokenizer and chat template; for a hub model, of its commit.
     locate : fetches it if need be and says where it lies; planning never asks.
-    base : the policy that it was trained from with LoRA, whose adapters lie in `adapter/` of its directory;
-        None where all weights were trained, or none.
+    start : the policy that training started from; None for one that was not trained here.
+    adapted : whether it was trained with LoRA: then its adapters lie in `ADAPTER` of its directory.
     """
 
     digest: str
     locate: Callable[[], Path]
-    base: Policy | None = None
+    start: Policy | None = None
+    adapted: bool = False
 
     @property
     def directory(self) -> Path:
@@ -75,7 +76,7 @@ def stored(workspace: Workspace, manifest: Manifest, start: Policy | None = None
     """The policy of a model or train artifact. start : the one that training started from."""
     policy = at(workspace.artifacts.folder(manifest, "policy"))
     adapted = f"policy/{ADAPTER}/adapter_config.json" in manifest.files
-    return replace(policy, base=start) if adapted else policy
+    return replace(policy, start=start, adapted=adapted)
 
 
 def at(directory: Path) -> Policy:

@@ -68,7 +68,8 @@ def test_compared_sampled_trained_and_evaluated_with_adapters_unmerged(
     workspace = Workspace(wanted)
     chain = stored_chain(workspace)
     after = chain.after(chain.last()).after.samples
-    assert after.policy.base == chain.reference
+    assert after.policy.adapted
+    assert after.policy.start == chain.reference
     for step in (chain.before.samples, after):
         asked = parity.gate(step)
         assert asked is not None
