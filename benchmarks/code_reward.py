@@ -14,13 +14,13 @@ import argparse
 import gzip
 import importlib.util
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from _result import command_line, hardware, publish
 
 from qrpo_core.rewards.base import RewardRequest
 from qrpo_core.rewards.code import CodeReward
@@ -92,18 +92,16 @@ def main() -> None:
         found = sorted(Path(package.origin).parent.parent.rglob("HumanEval.jsonl.gz"))
         sets.append(("humaneval", "humaneval", found[0]))
     result: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "hardware": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {platform.system()} "
-        f"{platform.release()}",
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],  # of other work too: rates are of what was left
+        "benchmark": "reference solutions through the reward `code`",
+        "goal": {"share": 0.99},
+        "hardware": hardware(),  # with the load of other work: rates are of what was left
+        "command": command_line(),
     }
     for name, form, path in sets:
         rows = list(solutions(path, form))[: arguments.rows]
         result[name] = measure(rows, form, arguments)
-        print(name, json.dumps(result[name], indent=1), flush=True)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(name, json.dumps(result[name], indent=1), file=sys.stderr, flush=True)
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

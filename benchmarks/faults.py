@@ -11,9 +11,7 @@ dependencies (the S3 server is one of them) and some minutes of two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import secrets
 import subprocess
 import sys
@@ -31,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from _result import command_line, hardware, publish
 from _s3_server import BUCKET, s3_server
-from quantile_table import hardware
 
 from qrpo_core.config import StoreConfig
 from tests.conftest import write_tiny_model
@@ -138,18 +136,14 @@ def main() -> None:
     result: dict[str, Any] = {
         "benchmark": "faults over whole pre-computations, on a directory and on SeaweedFS",
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()},
-        "command": "python benchmarks/faults.py " + " ".join(sys.argv[1:]),
+        "command": command_line(),
     }
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, grounds(Path(folder)) as (directory, bucket, url):
         outcomes = run([*everywhere(directory, arguments.seed), *of_directories(directory, arguments.seed)])
         outcomes += run([*everywhere(bucket, arguments.seed), *of_networks(bucket, url, arguments.seed)])
     result |= {"seconds": round(time.perf_counter() - started, 1), "outcomes": outcomes}
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(outcomes))
+    publish(result, arguments.output, shown=markdown(outcomes))
 
 
 if __name__ == "__main__":

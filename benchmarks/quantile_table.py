@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _result import command_line, hardware, publish
 
 from qrpo_core.objective.quantiles import rank_counts_table
 
@@ -79,20 +78,6 @@ def run(ties: bool, repeats: int) -> dict[str, object]:
     }
 
 
-def hardware() -> dict[str, object]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "load_average_at_start": [round(value, 2) for value in os.getloadavg()],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
@@ -106,16 +91,12 @@ def main() -> None:
         "benchmark": "rank_counts_table: 10M reference rewards, 200k ragged prompts, 400k samples, shuffled",
         "goal": {"seconds": 3.0, "peak_rss_gb": 1.0, "cores": 2},
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "command": "python benchmarks/quantile_table.py " + " ".join(sys.argv[1:]),
+        "versions": {"numpy": np.__version__},
+        "command": command_line(),
         "distinct_rewards": run(False, arguments.repeats),
         "tied_rewards": run(True, arguments.repeats),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

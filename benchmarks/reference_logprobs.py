@@ -1,6 +1,7 @@
 """Reference log-probs: rows a second beside one prompt at a time, on the same rows and model.
 
     python benchmarks/reference_logprobs.py [--rows 96] [--output benchmarks/results/reference_logprobs.json]
+    python benchmarks/reference_logprobs.py --random-model 1b --rows 256   # for a GPU
 
 SmolLM2-135M-Instruct (the demo's model) on pieces of this project's documents, cut into prompts and
 completions of many lengths (log-normal; most completions some 40 tokens, a few hundreds). Compared are
@@ -11,12 +12,15 @@ ours    `TransformersEngine.logprobs`: passes of like length, logits of completi
 
 in turns, in one process and in the same arithmetic; a ratio is the median over the turns. Goal: 3 times the
 rows a second of one padded prompt at a time, equal to 1e-3 nats.
+
+With --random-model the model is a Llama of that size with random weights, and the rows are random tokens (64
+to 1024 a row). On CUDA both sides compute in bfloat16, and two orders of the same sums differ by more than
+1e-3 nats: then each way's error against float32 weights and arithmetic, a row at a time, is given as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -28,12 +32,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from quantile_table import hardware
+from _random_model import SHAPES, random_rows, write_random_model
+from _result import command_line, hardware, publish
 
 from qrpo_core.config import ModelConfig
 from qrpo_core.data.chat import Chat
 from qrpo_core.engines.base import ScoreRequest
 from qrpo_core.engines.hf import TransformersEngine
+from qrpo_core.engines.numerics import pick_device
 from qrpo_core.policy import load_model, materialise, resolve_model
 
 ROOT = Path(__file__).parents[1]
@@ -80,16 +86,25 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def measure(count: int, turns: int) -> dict[str, Any]:
+def prepare(random_model: str | None, count: int, folder: Path) -> list[ScoreRequest]:
+    """Write the model to `folder`; the rows."""
+    if random_model is None:
+        materialise(resolve_model(ModelConfig(path=SMOLLM2)), "float32", folder)
+        return rows_of(count, folder)
+    write_random_model(random_model, folder)
+    made = random_rows(count, SHAPES[random_model]["vocab_size"])
+    return [ScoreRequest(prompt, completion) for prompt, completion in made]
+
+
+def measure(count: int, turns: int, random_model: str | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        materialise(resolve_model(ModelConfig(path=SMOLLM2)), "float32", folder)
-        rows = rows_of(count, folder)
+        rows = prepare(random_model, count, folder)
         # On an accelerator both sides compute in bfloat16 where it is native; float32 here.
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         engine = TransformersEngine(folder, dtype)
         model = load_model(folder, dtype)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(pick_device())
         width = max(len(row.prompt_token_ids) + len(row.token_ids) for row in rows)
         ways = {
             "padded": lambda: one_at_a_time(model, rows, width),
@@ -105,6 +120,8 @@ def measure(count: int, turns: int) -> dict[str, Any]:
                 spent, sums[name] = timed(way)
                 seconds[name].append(spent)
                 print(f"turn {turn}: {name} {spent:.1f} s", file=sys.stderr)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+        errors = None if dtype == "float32" else errors_in_float32(folder, rows, sums)
     lengths = [len(row.prompt_token_ids) + len(row.token_ids) for row in rows]
     return {
         "arithmetic": engine.name,
@@ -119,6 +136,18 @@ def measure(count: int, turns: int) -> dict[str, Any]:
             name: float(np.abs(np.asarray(sums[name]) - np.asarray(sums["ours"])).max())
             for name in ("padded", "alone")
         },
+        "errors_against_float32_nats": errors,
+        "peak_gpu_memory_gb": peak and round(peak, 2),
+    }
+
+
+def errors_in_float32(folder: Path, rows: list[ScoreRequest], sums: dict[str, Any]) -> dict[str, Any]:
+    """How far each way's sums are from those of float32 weights and arithmetic, a row at a time."""
+    model = load_model(folder, "float32").to(pick_device())
+    exact = np.asarray(one_at_a_time(model, rows, None))
+    errors = {name: np.abs(np.asarray(found) - exact) for name, found in sums.items()}
+    return {
+        name: {"mean": float(error.mean()), "largest": float(error.max())} for name, error in errors.items()
     }
 
 
@@ -133,19 +162,19 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--random-model", choices=SHAPES, help="instead of SmolLM2: a model of that size")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
         "benchmark": "reference log-probs beside one row at a time",
         "goals": {"ours_to_padded": 3.0, "largest_difference_nats": 1e-3},
-        "hardware": hardware(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "command": "python benchmarks/reference_logprobs.py " + " ".join(sys.argv[1:]),
-        **measure(options.rows, options.turns),
+        "hardware": hardware() | {"gpu": gpu},
+        "versions": {"transformers": transformers.__version__},
+        "command": command_line(),
+        **measure(options.rows, options.turns, options.random_model),
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    publish(result, options.output)
 
 
 if __name__ == "__main__":

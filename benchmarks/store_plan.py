@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -29,8 +28,8 @@ from pathlib import Path
 
 import botocore
 import numpy as np
+from _result import command_line, hardware, publish
 from _s3_server import BUCKET, s3_server
-from quantile_table import hardware
 
 from qrpo_core.config import StoreConfig
 from qrpo_core.ids import digest_json
@@ -136,22 +135,17 @@ def main() -> None:
         "note": arguments.note,
         "hardware": hardware(),
         "versions": {
-            "python": platform.python_version(),
             "numpy": np.__version__,
             "botocore": botocore.__version__,
         },
-        "command": "python benchmarks/store_plan.py " + " ".join(sys.argv[1:]),
+        "command": command_line(),
     }
     with tempfile.TemporaryDirectory() as scratch, s3_server(Path(scratch) / "s3") as url:
         for case in arguments.cases:
             local = StoreConfig(path=f"{scratch}/{case}")
             s3 = StoreConfig(path=f"s3://{BUCKET}/{case}", endpoint_url=url, path_style=True)
             result[case] = {"local": run(local, case), "s3": run(s3, case)}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,9 @@ connection that is open already, and take turns; a ratio is the median over the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from _result import command_line, hardware, publish
 from _s3_server import ACCESS, BUCKET, SECRET, s3_server
-from quantile_table import hardware
 
 from qrpo_core.config import StoreConfig
 from qrpo_core.ids import digest_json
@@ -211,15 +208,11 @@ def main() -> None:
         "goal": {"our_rate_to_plain": 0.8},
         "note": arguments.note,
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), "pyarrow": pa.__version__},
-        "command": "python benchmarks/store_throughput.py " + " ".join(sys.argv[1:]),
+        "versions": {"pyarrow": pa.__version__},
+        "command": command_line(),
         **run(arguments.blocks, arguments.repeats),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

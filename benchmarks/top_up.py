@@ -21,11 +21,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from _result import ROOT, command_line, commit, hardware, publish
+
 from qrpo_core.experiments import load_experiment
 from qrpo_core.steps.chain import reference_steps
 from qrpo_core.steps.workspace import Workspace
 
-ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "experiments" / "demo.yaml"
 
 
@@ -110,16 +111,12 @@ def main() -> None:
         "benchmark": "references raised from n to 2n",
         "goals": {"rows_added_a_prompt": [options.references], "stage_over_blocks": 1.1}
         | {"nothing_missing_seconds": 20},
-        "hardware": {"cores": os.cpu_count(), "load_average_at_start": list(os.getloadavg())},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
-        ).stdout.strip(),
-        "command": "python benchmarks/top_up.py",
+        "hardware": hardware(),
+        "commit": commit(),
+        "command": command_line(),
         **measure(options.prompts, options.references),
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    publish(result, options.output)
 
 
 if __name__ == "__main__":

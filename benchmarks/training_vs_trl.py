@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from quantile_table import hardware
+from _result import command_line, commit, hardware, publish
 
 ROWS = ("chosen_ids", "rejected_ids")
 HERE = Path(__file__).resolve().parent
@@ -168,18 +168,6 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The checked-out commit, with "+changes" where what is measured differs from it."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(HERE.parent), *command), capture_output=True, text=True
-        ).stdout
-
-    changed = git("status", "--porcelain", "--", "qrpo_core", "benchmarks/*.py")
-    return (git("rev-parse", "HEAD").strip() or "unknown") + ("+changes" if changed else "")
-
-
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All runs, one after the other, and the file made of them."""
     machine, began = hardware(), time.perf_counter()
@@ -215,7 +203,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "hardware": machine,
         "versions": {"ours": used["reference"], "trl": used["trl_reference"]},
         "commit": commit(),
-        "command": " ".join(["python", "benchmarks/training_vs_trl.py", *sys.argv[1:]]),
+        "command": command_line(),
         "seconds": round(time.perf_counter() - began),
         "job": {
             "model": job["name"],
@@ -254,11 +242,7 @@ def main() -> None:
         raise SystemExit(f"no TRL in {arguments.trl_python}: make bench-trl")
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(arguments, Path(scratch))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

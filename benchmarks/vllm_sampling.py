@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quantile_table import hardware
+from _result import command_line, hardware, publish
 
 from qrpo_core.config import ModelConfig
 from qrpo_core.data.chat import Chat
@@ -184,11 +184,12 @@ def main() -> None:
         "import vllm, torch; print(vllm.__version__, torch.__version__)",
     ]
     told = subprocess.run(versions, capture_output=True, text=True, check=True).stdout.split()
-    result |= {"hardware": machine, "vllm": told[-2], "torch": told[-1], "python": sys.version.split()[0]}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    result |= {
+        "hardware": machine,
+        "versions_of_the_engine": {"vllm": told[-2], "torch": told[-1]},
+        "command": command_line(),
+    }
+    publish(result, arguments.output)
     sys.exit(result["median_ratio"] < GOAL)
 
 

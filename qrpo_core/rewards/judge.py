@@ -6,8 +6,9 @@ import json
 import threading
 import urllib.parse
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qrpo_core.engines.base import Progress, no_progress
@@ -75,18 +76,22 @@ class JudgeReward(RowReward):
         scores: dict[int, Score] = {}
         failed = 0
         pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="judge")
+        rows, asked = iter(range(len(requests))), dict[Future[Score], int]()
         try:
-            asked = {pool.submit(self._ask, client, request): row for row, request in enumerate(requests)}
-            for done in as_completed(asked):
-                score = scores[asked[done]] = done.result()
-                progress(1)
-                failed = failed + 1 if score.status == "endpoint_error" else 0
-                if failed > self._config.concurrency + _FAILED_IN_A_ROW:
-                    raise EngineError(
-                        f"the judge has not answered {failed} rows in a row ({score.detail})",
-                        where=self._where,
-                        remedy="see that it runs; rows that are already stored are kept",
-                    )
+            while len(scores) < len(requests):
+                # No more than are asked at a time: after a refusal nothing further goes out.
+                for row in islice(rows, self._config.concurrency - len(asked)):
+                    asked[pool.submit(self._ask, client, requests[row])] = row
+                for done in wait(asked, return_when=FIRST_COMPLETED).done:
+                    score = scores[asked.pop(done)] = done.result()
+                    progress(1)
+                    failed = failed + 1 if score.status == "endpoint_error" else 0
+                    if failed > self._config.concurrency + _FAILED_IN_A_ROW:
+                        raise EngineError(
+                            f"the judge has not answered {failed} rows in a row ({score.detail})",
+                            where=self._where,
+                            remedy="see that it runs; rows that are already stored are kept",
+                        )
         except BaseException:
             self.close()
             pool.shutdown(wait=False, cancel_futures=True)

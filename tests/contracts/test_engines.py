@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,61 +12,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from qrpo_core.data.chat import Chat
 from qrpo_core.engines.base import Completion, Engine, SampleRequest, SamplingParams, ScoreRequest
-from qrpo_core.engines.config import EndpointConfig
-from qrpo_core.engines.fake import FakeEngine
-from qrpo_core.engines.registry import make_engine
 from qrpo_core.errors import EngineError
 from qrpo_core.ids import sample_seed
+from tests.contracts.engine_cases import (
+    MAX_LENGTH,
+    Case,
+    case_of,
+    endpoint_case,
+    next_token_logprobs,
+    probabilities,
+    scores,
+    vllm_case,
+)
 from tests.vllm import shared as vllm
 
 #: Prompt lengths: one token, many of one length, and enough for three sizes of table.
 LENGTHS = (1, 2, 9, 9, 9, 30, 31, 60, 90, 120, 170)
 SAMPLES = 10
-MAX_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class Case:
-    """An engine under test.
-
-    tolerance : nats a sequence between sample() and logprobs().
-    exact : what the engine must say of itself. Where it is False, the law is not tested, and draws that the
-        law makes equal may differ in one row of ten (last digits decide such a row).
-    draws : samples that a distribution is judged by.
-    """
-
-    make: Callable[[int], Engine]
-    vocab_size: int
-    stops: tuple[int, ...]
-    tolerance: float
-    exact: bool = True
-    draws: int = 2000
-
-    def agree(self, one: list[tuple[int, ...]], other: list[tuple[int, ...]]) -> bool:
-        """Whether rows of tokens are equal, all or nearly all."""
-        assert len(one) == len(other)
-        differing = sum(a != b for a, b in zip(one, other, strict=True))
-        return differing == 0 if self.exact else differing <= len(one) / 10
-
-
-def case_of(kind: str, directory: Path) -> Case:
-    chat = Chat.load(directory)
-    if kind == "fake":
-
-        def fake(batch_size: int) -> Engine:
-            return FakeEngine(chat.vocab_size, chat.stop_token_ids, max_length=MAX_LENGTH)
-
-        return Case(fake, chat.vocab_size, chat.stop_token_ids, 1e-12)
-    dtype = kind.removeprefix("transformers-")
-
-    def real(batch_size: int) -> Engine:
-        return make_engine("transformers", directory, dtype=dtype, batch_size=batch_size, chat=chat)
-
-    # bfloat16 has 8 bits: a logit of 8 is known to 1/32. Where it is not native, arithmetic is float32.
-    tolerance = 1.0 if real(1).name.endswith("bfloat16") else 1e-3
-    return Case(real, chat.vocab_size, chat.stop_token_ids, tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -76,42 +39,6 @@ def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", vllm.KV_CACHE_GIB)
         yield vllm.write_model(tmp_path_factory.mktemp("vllm") / "model")
-
-
-@pytest.fixture(scope="module")
-def vllm_case(vllm_model: Path) -> Iterator[Case]:
-    """One process for all tests, since it takes long to start; another one once that is closed."""
-    chat = Chat.load(vllm_model)
-    engines: list[Engine] = []
-
-    def shared(batch_size: int) -> Engine:
-        if not engines or engines[-1]._closed:  # type: ignore[attr-defined]
-            made = make_engine(
-                "vllm", vllm_model, dtype="float32", batch_size=batch_size, chat=chat, vllm=vllm.CONFIG
-            )
-            engines.append(made)
-        return engines[-1]
-
-    yield Case(shared, chat.vocab_size, chat.stop_token_ids, 1e-3, exact=False)
-    for engine in engines:
-        engine.close()
-
-
-@pytest.fixture(scope="module")
-def endpoint_case(vllm_model: Path) -> Iterator[Case]:
-    """vLLM's own server of the model; every engine is a new client."""
-    chat = Chat.load(vllm_model)
-    with vllm.server(vllm_model, "--dtype", "float32", "--served-model-name", "tiny") as url:
-
-        def client(batch_size: int) -> Engine:
-            config = EndpointConfig(url=url, concurrency=batch_size, retry_seconds=0)
-            made = make_engine(
-                "endpoint", vllm_model, dtype="float32", batch_size=1, chat=chat, endpoint=config
-            )
-            assert made.name == "endpoint/tiny"
-            return made
-
-        yield Case(client, chat.vocab_size, chat.stop_token_ids, 1e-3, exact=False, draws=400)
 
 
 _VLLM = (pytest.mark.slow, pytest.mark.vllm)
@@ -127,11 +54,13 @@ _VLLM = (pytest.mark.slow, pytest.mark.vllm)
         pytest.param("endpoint", marks=_VLLM),
     ],
 )
-def case(request: pytest.FixtureRequest, tiny_model: Path) -> Case:
-    if request.param in ("vllm", "endpoint"):
-        found: Case = request.getfixturevalue(f"{request.param}_case")
-        return found
-    return case_of(request.param, tiny_model)
+def case(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Case]:
+    slow = {"vllm": vllm_case, "endpoint": endpoint_case}
+    if request.param in slow:
+        with slow[request.param](request.getfixturevalue("vllm_model")) as found:
+            yield found
+    else:
+        yield case_of(request.param, tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -287,16 +216,18 @@ class TestRefusals:
 
     def test_sequences_that_cannot_be_scored(self, engine: Engine) -> None:
         good = ScoreRequest((1, 2), (3,))
-        with pytest.raises(EngineError, match=r"513 tokens.*row 1"):
-            engine.logprobs([good, ScoreRequest((1,) * 500, (2,) * 13)])
-        with pytest.raises(EngineError, match=r"empty prompt.*row 0"):
-            engine.logprobs([ScoreRequest((), (3,))])
-        with pytest.raises(EngineError, match=r"token id -1.*row 1"):
-            engine.logprobs([good, ScoreRequest((1,), (-1,))])
+        for ask in (engine.logprobs, engine.token_logprobs):
+            with pytest.raises(EngineError, match=r"513 tokens.*row 1"):
+                ask([good, ScoreRequest((1,) * 500, (2,) * 13)])
+            with pytest.raises(EngineError, match=r"empty prompt.*row 0"):
+                ask([ScoreRequest((), (3,))])
+            with pytest.raises(EngineError, match=r"token id -1.*row 1"):
+                ask([good, ScoreRequest((1,), (-1,))])
 
     def test_nothing_asked_nothing_given(self, engine: Engine, params: SamplingParams) -> None:
         assert engine.sample([], params) == []
         assert engine.logprobs([]).shape == (0,)
+        assert engine.token_logprobs([]) == []
 
 
 class TestLogprobs:
@@ -337,9 +268,28 @@ class TestLogprobs:
         assert whole == pytest.approx(first + second, abs=case.tolerance / 10)
         assert nothing == 0.0
 
+    def test_by_token_they_sum_to_those_of_the_sequences(
+        self, case: Case, engine: Engine, requests: list[SampleRequest], drawn: list[Completion]
+    ) -> None:
+        asked = scores(requests, drawn)
+        asked.insert(3, ScoreRequest((5, 6), ()))
+        by_token = engine.token_logprobs(asked)
+        assert {row.dtype for row in by_token} == {np.dtype(np.float64)}
+        assert [row.shape for row in by_token] == [(len(request.token_ids),) for request in asked]
+        assert all((row <= 0).all() for row in by_token)
+        sums = [row.sum() for row in by_token]
+        np.testing.assert_allclose(sums, engine.logprobs(asked), rtol=0, atol=case.tolerance / 10)
+
+    def test_each_is_of_its_own_token(self, case: Case, engine: Engine) -> None:
+        """After everything before it, whatever comes after it."""
+        ids = (5, 6, 7, 8, 9, 10)
+        (by_token,) = engine.token_logprobs([ScoreRequest(ids[:2], ids[2:])])
+        alone = engine.logprobs([ScoreRequest(ids[:end], ids[end : end + 1]) for end in range(2, len(ids))])
+        np.testing.assert_allclose(by_token, alone, rtol=0, atol=case.tolerance / 10)
+
     def test_probabilities_sum_to_one(self, case: Case, engine: Engine) -> None:
-        probabilities = np.exp(next_token_logprobs(engine, case, (5, 6, 7)))
-        assert probabilities.sum() == pytest.approx(1.0, abs=1e-4 if case.tolerance < 0.1 else 0.05)
+        found = np.exp(next_token_logprobs(engine, case, (5, 6, 7)))
+        assert found.sum() == pytest.approx(1.0, abs=1e-4 if case.tolerance < 0.1 else 0.05)
 
 
 class TestDistribution:
@@ -356,7 +306,7 @@ class TestDistribution:
         asked = [SampleRequest("p", i, self.PROMPT, sample_seed(3, "p", i)) for i in range(case.draws)]
         params = replace(params, temperature=temperature, top_p=top_p, max_new_tokens=1)
         drawn = [c.token_ids[0] for c in engine.sample(asked, params)]
-        expected = self.expected(next_token_logprobs(engine, case, self.PROMPT), temperature, top_p)
+        expected = probabilities(next_token_logprobs(engine, case, self.PROMPT), temperature, top_p)
         counts = np.bincount(drawn, minlength=case.vocab_size)
         assert counts[expected == 0].sum() == 0
         # Cells of fewer than five expected draws are put together, as the test's approximation asks.
@@ -366,15 +316,6 @@ class TestDistribution:
         seen, hoped = (seen, hoped) if hoped[-1] > 0 else (seen[:-1], hoped[:-1])
         assert len(seen) > 2
         assert chisquare(seen, hoped).pvalue > 1e-3
-
-    @staticmethod
-    def expected(logprobs: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
-        weights = np.exp(logprobs / temperature)
-        weights /= weights.sum()
-        order = np.argsort(-weights)
-        reached = np.cumsum(weights[order]) - weights[order]
-        weights[order[reached >= top_p]] = 0.0
-        return weights / weights.sum()
 
 
 def test_progress_counts_every_row(
@@ -387,6 +328,9 @@ def test_progress_counts_every_row(
     steps.clear()
     engine.logprobs(scores(requests[:30], drawn[:30]), steps.append)
     assert sum(steps) == 30
+    steps.clear()
+    engine.token_logprobs(scores(requests[:30], drawn[:30]), steps.append)
+    assert sum(steps) == 30
 
 
 def test_a_closed_engine_refuses(case: Case, requests: list[SampleRequest], params: SamplingParams) -> None:
@@ -397,41 +341,5 @@ def test_a_closed_engine_refuses(case: Case, requests: list[SampleRequest], para
         engine.sample(requests[:1], params)
     with pytest.raises(EngineError, match="closed"):
         engine.logprobs([ScoreRequest((1,), (2,))])
-
-
-def scores(requests: list[SampleRequest], drawn: list[Completion]) -> list[ScoreRequest]:
-    return [ScoreRequest(r.prompt_token_ids, c.token_ids) for r, c in zip(requests, drawn, strict=True)]
-
-
-def next_token_logprobs(engine: Engine, case: Case, prompt: tuple[int, ...]) -> np.ndarray:
-    return engine.logprobs([ScoreRequest(prompt, (token,)) for token in range(case.vocab_size)])
-
-
-@pytest.mark.slow
-class TestTheRealModel:
-    """The law and the agreement of log-probs on SmolLM2: real widths, thread splits and vocabulary."""
-
-    @pytest.fixture(scope="class")
-    def asked(self, smollm2: Path) -> list[SampleRequest]:
-        chat = Chat.load(smollm2)
-        texts = ["Hi", "Name a river.", "What is 3 + 4?", "Tell me about rain in one short sentence, please."]
-        prompts = [chat.prompt_token_ids([{"role": "user", "content": text}]) for text in texts]
-        return [
-            SampleRequest(text, index, prompt, sample_seed(0, text, index))
-            for text, prompt in zip(texts, prompts, strict=True)
-            for index in range(20)
-        ]
-
-    @pytest.mark.parametrize("top_p", [1.0, 0.9])
-    def test_law_and_logprobs(self, smollm2: Path, asked: list[SampleRequest], top_p: float) -> None:
-        chat = Chat.load(smollm2)
-        engine = make_engine("transformers", smollm2, dtype="bfloat16", batch_size=16, chat=chat)
-        params = SamplingParams(1.0, top_p, 6, chat.stop_token_ids)
-        drawn = engine.sample(asked, params)
-        assert engine.exact
-        rows = [79, 3, 41, 22, 60, 5]
-        assert engine.sample([asked[row] for row in rows], params) == [drawn[row] for row in rows]
-        sums = engine.logprobs(scores(asked[::8], drawn[::8]))
-        limit = 1.0 if engine.name.endswith("bfloat16") else 2e-3
-        np.testing.assert_allclose(sums, [c.logprob for c in drawn[::8]], rtol=0, atol=limit)
-        engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.token_logprobs([ScoreRequest((1,), (2,))])

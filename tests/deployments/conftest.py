@@ -16,6 +16,7 @@ import yaml
 from flows.deploy import ROOT
 from flows.server import PrefectServer, prefect_server
 from qrpo_core.experiments import load_experiment
+from tests.flows.small import small
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +88,5 @@ def workers(working: tuple[Any, Path]) -> Path:
 def settings(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
     """Parameters of a run, as the UI's form sends them: every field, 20 prompts, the fake engine."""
     path = tmp_path / "small.yaml"
-    changed = {
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "prompts": {
-            "kind": "template",
-            "templates": ["Say {w}"],
-            "words": {"w": [f"item {number}" for number in range(20)]},
-            "size": 20,
-        },
-        "sampling": {"engine": "fake", "references_per_prompt": 4, "max_new_tokens": 12},
-        "reward": {"kind": "length", "max_words": 1},
-        "store": {"path": str(tmp_path / "store")},
-    }
-    path.write_text(yaml.safe_dump(changed))
+    path.write_text(yaml.safe_dump(small(tiny_model, tmp_path / "store")))
     return load_experiment(path).model_dump(mode="json")

@@ -18,6 +18,7 @@ from qrpo_core.records import REWARDS
 from qrpo_core.steps.budgets import Scored, for_precision
 from qrpo_core.steps.chain import reference_steps
 from qrpo_core.steps.workspace import Workspace
+from tests.flows.small import small
 
 pytestmark = pytest.mark.slow
 
@@ -27,20 +28,8 @@ def file(tmp_path: Path, tiny_model: Path, server: PrefectServer) -> Path:
     """An experiment whose references are drawn and scored, 4 a prompt."""
     from flows.precompute import precompute
 
-    settings = {
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "prompts": {
-            "kind": "template",
-            "templates": ["Say {w}"],
-            "words": {"w": [f"item {number}" for number in range(20)]},
-            "size": 20,
-        },
-        "sampling": {"engine": "fake", "references_per_prompt": 4, "max_new_tokens": 12},
-        "reward": {"kind": "length", "max_words": 1},
-        "store": {"path": str(tmp_path / "store")},
-    }
     path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(small(tiny_model, tmp_path / "store")))
     precompute(load_experiment(path))
     return path
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import email.utils
-import json
 import math
 import re
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -24,9 +19,9 @@ from qrpo_core.rewards.base import RewardRequest, Score
 from qrpo_core.rewards.config import JudgeRewardConfig
 from qrpo_core.rewards.judge import JudgeReward
 from qrpo_core.rewards.registry import reward_identity
+from tests.core.rewards.judge_server import Judge, Reply, said
 
 TEMPLATE = "Question: {{ prompt }}\nAnswer: {{ completion }}\nScore {{ lowest }} to {{ highest }}:"
-Reply = tuple[int, dict[str, str], Any]
 
 
 # What is refused before anything is asked.
@@ -76,56 +71,6 @@ def test_identity_is_the_question_and_not_the_place() -> None:
 # A real server.
 
 
-class Judge:
-    """A server on loopback whose answers a test decides; it keeps what it was asked."""
-
-    def __init__(self, answer: Callable[[dict[str, Any], int], Reply]) -> None:
-        self.asked: list[tuple[float, str, dict[str, str], dict[str, Any]]] = []
-        self.most, self._now, lock, judge = 0, 0, threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1  # header and body in one packet
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    judge._now += 1
-                    judge.most = max(judge.most, judge._now)
-                    judge.asked.append((time.monotonic(), self.path, dict(self.headers), body))
-                    turn = len(judge.asked)
-                status, headers, reply = answer(body, turn)
-                with lock:
-                    judge._now -= 1
-                if status == 0:  # hang up
-                    self.close_connection = True
-                    return
-                content = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
-                self.send_response(status)
-                for name, value in {**headers, "content-length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    @contextmanager
-    def running(self) -> Iterator[Judge]:
-        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
-            thread.join()
-
-
 TOKENS = [
     {
         "token": "4",
@@ -133,13 +78,6 @@ TOKENS = [
         "top_logprobs": [{"token": name, "logprob": math.log(0.5)} for name in ("4", "5")],
     }
 ]
-
-
-def said(
-    text: str | None, finish: str = "stop", tokens: list[dict[str, Any]] | None = None, **more: Any
-) -> Reply:
-    choice = {"message": {"role": "assistant", "content": text, **more}, "finish_reason": finish}
-    return 200, {}, {"choices": [choice | ({"logprobs": {"content": tokens}} if tokens else {})]}
 
 
 def row(text: str, index: int = 0, reference: str | None = None) -> RewardRequest:

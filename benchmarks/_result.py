@@ -1,0 +1,65 @@
+"""What every benchmark's result carries (where, with what, how it was started), and how it is given out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, cores that this process may use, memory (decimal GB), load of other work, Python and torch.
+
+    Nothing that tells one machine from another of its kind: no kernel, no host name, no path.
+    """
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "load_average_at_start": [round(value, 2) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),  # without importing it: peak memory is measured
+    }
+
+
+def command_line() -> str:
+    """How this script was started; of an absolute path among its arguments, the last part."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def commit() -> str:
+    """The checked-out commit, with "+changes" where what is measured differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", "-C", str(ROOT), *words), capture_output=True, text=True).stdout
+
+    changed = git(
+        "status", "--porcelain", "--", "qrpo_core", "tasks", "flows", "experiments", "benchmarks/*.py"
+    )
+    return (git("rev-parse", "HEAD").strip() or "unknown") + ("+changes" if changed else "")
+
+
+def publish(result: dict[str, Any], output: Path | None, *, shown: str | None = None) -> None:
+    """Print a result as JSON and write it to `output`, if that is given.
+
+    shown : printed instead of the JSON.
+    """
+    text = json.dumps(result, indent=1)
+    print(text if shown is None else shown)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
