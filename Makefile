@@ -8,7 +8,7 @@ TRL_VENV := .venv-trl
 VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env demo arithmetic test test-fast lint serve deploy workers bench bench-trl bench-vllm lock clean
+.PHONY: help install vllm-env demo arithmetic test test-all test-fast lint serve deploy workers bench bench-trl bench-vllm lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,11 +40,14 @@ demo: $(STAMP)  ## align SmolLM2-135M for positive replies on this machine, end 
 arithmetic: $(STAMP)  ## the second experiment: sums with a verifiable reward, ties included
 	$(BIN)/qrpo run experiments/arithmetic.yaml
 
-test: $(STAMP)  ## the whole test suite, a process a core
+test: $(STAMP)  ## the test suite, a process a core
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not vllm and not service and not browser'
+
+test-all: $(STAMP)  ## that, and tests with vLLM (make vllm-env), a service with workers, PostgreSQL and Chromium
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(STAMP)  ## the tests that need neither the real model nor a server
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not vllm and not service and not browser'
 
 lint: $(STAMP)  ## formatting, style, types, layers
 	$(BIN)/ruff format --check .
@@ -53,16 +56,16 @@ lint: $(STAMP)  ## formatting, style, types, layers
 	$(BIN)/lint-imports
 
 serve: $(STAMP)  ## a Prefect server with its UI on http://127.0.0.1:4200
-	$(BIN)/python -m flows.server
+	$(BIN)/python -m flows.serve
 
 deploy: $(STAMP)  ## put the deployments on the server that is configured, or on that of make serve
 	$(BIN)/python -m flows.deploy
 
-workers: $(STAMP)  ## a worker of each work pool on this machine, until Ctrl-C
-	$(BIN)/python -m flows.workers
+workers: $(STAMP)  ## a worker of each work pool here, until Ctrl-C; DEVICES="0 1": one a GPU
+	$(BIN)/python -m flows.workers $(DEVICES)
 
 bench: $(STAMP)  ## benchmarks; results land in benchmarks/results/
-	for script in $(filter-out benchmarks/_% benchmarks/training_vs_trl.py benchmarks/vllm_sampling.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/_% benchmarks/gpu_% benchmarks/training_vs_trl.py benchmarks/vllm_sampling.py,$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script --output benchmarks/results/$$(basename $$script .py).json || exit 1; done
 
 # Beside TRL, which lives in an environment of its own and knows nothing of our package. About ten minutes.

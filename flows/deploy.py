@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flows.automations import put_automations
+from flows.server import ask
 from qrpo_core.errors import QRPOError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +20,7 @@ PREFECT_FILE = "deployments/prefect.yaml"
 
 #: The work pools, all of type process, and what the UI says of them.
 POOLS: dict[str, str] = {
-    "cpu": "Runs that load no model; any number at a time.",
+    "cpu": "Runs that load no model, or wait for others that do; any number at a time.",
     "gpu": "Runs that sample from a model or train one; a worker takes one at a time.",
 }
 
@@ -45,15 +47,11 @@ def enter_checkout() -> dict[str, str]:
 
 def service_url() -> str:
     """The API of the server that is configured, or else of `make serve`; raises QRPOError if none answers."""
-    from prefect.client.orchestration import get_client
-    from prefect.settings import get_current_settings, temporary_settings
+    from prefect.settings import get_current_settings
 
     settings = get_current_settings()
     url = settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
-    once: dict[Any, Any] = {"api.url": url, "client.max_retries": 0}
-    with temporary_settings(updates=once), get_client(sync_client=True) as client:
-        error = client.api_healthcheck()
-    if error is not None:
+    if (error := ask(url)) is not None:
         remedy = "start it (make serve), or set PREFECT_API_URL to the one in use"
         raise QRPOError(f"no Prefect server answers at {url} ({error!r})", remedy=remedy)
     return url
@@ -107,7 +105,10 @@ def main() -> int:
         PREFECT_FILE,
         "--all",
     ]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PREFECT_API_URL": url}).returncode
+    status = subprocess.run(command, cwd=ROOT, env={**os.environ, "PREFECT_API_URL": url}).returncode
+    if status == 0:
+        print("\n".join(put_automations(url)), flush=True)
+    return status
 
 
 if __name__ == "__main__":

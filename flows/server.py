@@ -30,10 +30,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.seen_runs import SeenRuns
 from qrpo_core.die_with_parent import die_with_parent
 from qrpo_core.errors import ConfigError, QRPOError
 
@@ -55,12 +56,19 @@ SERVER_ENVIRONMENT: dict[str, str] = {
 # A run's own server leaves alone what belongs to one that stays: deployments, workers, automations.
 _OFF = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "TRIGGERS")
 _OWN_ENVIRONMENT = {**SERVER_ENVIRONMENT, **{f"PREFECT_SERVER_SERVICES_{s}_ENABLED": "false" for s in _OFF}}
+#: Seconds between the heartbeats of a run; the server of a service takes one without for dead.
+HEARTBEAT = 30
 # What Prefect's client reads when it is imported: warnings and errors on the console, every log in the API.
-_CLIENT_ENVIRONMENT = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING", "DO_NOT_TRACK": "1"}
+_CLIENT_ENVIRONMENT = {
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
+    "DO_NOT_TRACK": "1",
+}
+#: `user:password`: what Prefect's clients send, and what its server asks for.
+AUTH = "PREFECT_API_AUTH_STRING"
+SERVER_AUTH = "PREFECT_SERVER_API_AUTH_STRING"
 
 _logger = logging.getLogger("qrpo.server")
-_TERMINAL = ["COMPLETED", "FAILED", "CANCELLED", "CRASHED"]
-_OPEN = ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]
 # Run in the child, without the working directory on its path; our root counts where we are not installed.
 _BOOT = "import sys; sys.path.append(sys.argv[1]); from flows.server import _child; _child(*sys.argv[2:])"
 
@@ -69,16 +77,6 @@ def quiet_console() -> None:
     """Keep Prefect's console to warnings and errors; call it before Prefect is imported."""
     for name, value in _CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-
-
-def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Whether the console shows it. Not a QRPOError or Ctrl-C: the flow raises them, and its caller has one
-    line for it where Prefect has several, or a traceback, for the task and for every flow around it."""
-    if not record.name.startswith(("prefect.flow_runs", "prefect.task_runs")):
-        return True
-    told = isinstance((record.exc_info or (None, None))[1], QRPOError)
-    ended = ("Finished in state", "Crash detected! Execution was aborted by an interrupt")
-    return not (told or record.getMessage().startswith(ended))
 
 
 class PrefectServer:
@@ -90,7 +88,7 @@ class PrefectServer:
         self.log: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
-        self.seen = _SeenRuns()
+        self.seen = SeenRuns()
 
     @property
     def ui_url(self) -> str:
@@ -115,7 +113,7 @@ class PrefectServer:
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _BOOT, root, str(listener.fileno()), str(os.getpid())],
-                env={**_OWN_ENVIRONMENT, **os.environ, "PREFECT_SERVER_UI_API_URL": self.url},
+                env={**_OWN_ENVIRONMENT, **_for_own_clients(), "PREFECT_SERVER_UI_API_URL": self.url},
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -131,14 +129,13 @@ class PrefectServer:
         """Return when the server answers; raise a QRPOError if it does not."""
         for used_by_the_first_flow in ("prefect.flow_engine", "fastapi.encoders"):
             importlib.import_module(used_by_the_first_flow)  # while the server still boots
-        from prefect.client.orchestration import get_client
-        from prefect.settings import temporary_settings
 
         # Asked once: our own socket listens since `start`, answers when the child is up, breaks if it dies.
-        patience = timeout if self.own else min(timeout, 30.0)
-        once: dict[Any, Any] = {"api.url": self.url, "api.request_timeout": patience, "client.max_retries": 0}
-        with temporary_settings(updates=once), get_client(sync_client=True) as client:
-            error = client.api_healthcheck()
+        try:
+            error = ask(self.url, timeout if self.own else min(timeout, 30.0))
+        except ConfigError:
+            self.stop()
+            raise
         if error is None:
             return self
         self.stop()
@@ -218,52 +215,35 @@ def prefect_server(server: PrefectServer | None = None, *, settle: float = 15.0)
         server.stop()
 
 
-class _SeenRuns(logging.Handler):
-    """The flow and task runs of this process, gathered from the ids on their log records.
+def ask(url: str, patience: float = 30.0) -> Exception | None:
+    """Ask the server at a URL of its API once whether it works for us; what it or the network said if not.
 
-    Task runs reach the server as events, and it cannot be asked about one that it has not heard of yet.
-    Every run logs how it ended, so the loggers know them all.
+    Raises ConfigError if it asks for another user and password than ours.
     """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.settings import get_current_settings, temporary_settings
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids: dict[str, set[str]] = {"flow_run_id": set(), "task_run_id": set()}
+    once: dict[Any, Any] = {"api.url": url, "api.request_timeout": patience, "client.max_retries": 0}
+    try:
+        with temporary_settings(updates=once), get_client(sync_client=True) as client:
+            if (error := client.api_healthcheck()) is None:  # which everybody may ask
+                client.request("GET", "/admin/version")
+            return error
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != 401:
+            return error
+        ours = "is not" if get_current_settings().api.auth_string else "is not set to"
+        raise ConfigError(
+            f"{AUTH} {ours} what the Prefect server at {url} asks for",
+            remedy=f"set {AUTH} to the user:password that the server was started with",
+        ) from None
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Note the ids; nothing is written."""
-        for name, ids in self.ids.items():
-            ids |= {str(value)} if (value := getattr(record, name, None)) else set()
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Listen to Prefect's run loggers for the length of the block, and keep its console to the point."""
-        from prefect.logging.handlers import PrefectConsoleHandler
-
-        loggers = [logging.getLogger("prefect.flow_runs"), logging.getLogger("prefect.task_runs")]
-        consoles = [h for h in logging.getLogger().handlers if isinstance(h, PrefectConsoleHandler)]
-        with contextlib.ExitStack() as stack:
-            for logger in loggers:
-                logger.addHandler(self)
-                stack.callback(logger.removeHandler, self)
-            for console in consoles:
-                console.addFilter(_worth_a_line)
-                stack.callback(console.removeFilter, _worth_a_line)
-            yield
-
-    def lacking(self) -> int:
-        """How many task runs the server has not yet recorded as ended."""
-        from prefect.client.orchestration import get_client
-
-        total = len(self.ids["task_run_id"])
-        asked = (("flow_run_id", "flow_run_id", _OPEN, 1), ("id", "task_run_id", _TERMINAL, -1))
-        with get_client(sync_client=True) as client:
-            for field, name, states, sign in asked:
-                ids = sorted(self.ids[name])
-                for i in range(0, len(ids), 500):  # a database's limit on parameters
-                    wanted = {field: {"any_": ids[i : i + 500]}, "state": {"type": {"any_": states}}}
-                    answer = client.request("POST", "/task_runs/count", json={"task_runs": wanted})
-                    total += sign * int(answer.json())
-        return total
+def _for_own_clients() -> dict[str, str]:
+    """Our environment for a server of our own: it asks for what we send, whatever another server asks for."""
+    environment = {name: value for name, value in os.environ.items() if name != SERVER_AUTH}
+    return {**environment, SERVER_AUTH: environment[AUTH]} if environment.get(AUTH) else environment
 
 
 def _home() -> Path:
@@ -291,11 +271,14 @@ def _configured_url() -> str | None:
 def _child(listener: str, parent: str) -> None:
     """The child's life: serve on the socket it was handed until it is told to stop, or its parent dies."""
     die_with_parent(int(parent))
-    _serve(socket.socket(fileno=int(listener)))
+    serve_on(socket.socket(fileno=int(listener)))
 
 
-def _serve(listener: socket.socket) -> None:
-    """Run Prefect's app on a listening socket."""
+def serve_on(listener: socket.socket, before: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Run Prefect's app on a listening socket until SIGTERM or Ctrl-C, which then is raised.
+
+    before : called alone, before the app's services start.
+    """
     gc.disable()  # what is imported here stays: not looking through it saves a sixth of the start
     import uvicorn
     from prefect.server.api.server import create_app
@@ -309,37 +292,10 @@ def _serve(listener: socket.socket) -> None:
 
             with (_home() / "qrpo-server.lock").open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time: this migrates the database
+                if before is not None:
+                    await before()
                 await super().startup(sockets=sockets)
 
     config = uvicorn.Config(create_app, factory=True, log_level="error", lifespan="on")
     config.timeout_graceful_shutdown = 2  # an open page of the UI holds a connection
     Server(config).run(sockets=[listener])
-
-
-def main() -> None:
-    """`make serve`: serve at PREFECT_SERVER_API_HOST and _PORT (127.0.0.1:4200) until Ctrl-C."""
-    for name, value in SERVER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from prefect.settings import get_current_settings
-
-    api = get_current_settings().server.api
-    address = f"http://{api.host}:{api.port}"
-    if api.host not in ("127.0.0.1", "localhost", "::1") and not api.auth_string:
-        what = f"without authentication, whoever reaches {address} can run commands on its workers"
-        remedy = "set PREFECT_SERVER_API_AUTH_STRING=user:password, or bind 127.0.0.1"
-        raise ConfigError(what, where="PREFECT_SERVER_API_HOST", remedy=remedy)
-    try:
-        listener = socket.create_server((api.host, api.port), backlog=128)
-    except OSError as error:
-        remedy = "stop what listens there, or set PREFECT_SERVER_API_PORT"
-        raise QRPOError(f"cannot listen: {error.strerror}", where=address, remedy=remedy) from error
-    print(f"Prefect UI: {address}\nFor runs to use it: export PREFECT_API_URL={address}/api", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        _serve(listener)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except QRPOError as error:
-        sys.exit(f"error: {error}")

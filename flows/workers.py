@@ -1,8 +1,10 @@
 """`make workers`: a worker of each work pool on this machine, in the foreground, ended together.
 
+With several GPUs, `make workers DEVICES="0 1"` starts a worker of the pool gpu for each that is named.
+
 Ctrl-C, SIGTERM or a closed terminal interrupts the runs in progress, which the server then shows as Crashed,
 and ends the workers; what the runs committed stays. A second Ctrl-C kills the workers. If this process is
-killed, its workers die with it, and their runs go on to their end (Linux).
+killed, its workers die with it, and their runs with them (Linux).
 """
 
 from __future__ import annotations
@@ -13,19 +15,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from flows.deploy import POOLS, ROOT, service_url
+from flows.end_with_worker import WORKER
+from flows.serve import RUN_ENVIRONMENT
 from qrpo_core.die_with_parent import die_with_parent
 from qrpo_core.errors import QRPOError
 
 #: How many runs a pool's worker takes at a time; None: any number.
 LIMITS: dict[str, int | None] = {"cpu": None, "gpu": 1}
 
-#: What a run of a worker has in its environment, unless ours says otherwise: what `qrpo run` sets.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "DO_NOT_TRACK": "1"}
+#: What a run of a worker has in its environment, unless ours says otherwise; its log has what the project's
+#: own loggers say (lines of training processes among them).
+_ENVIRONMENT = {
+    **RUN_ENVIRONMENT,
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "qrpo",
+}
 #: Seconds that runs have to record that they were interrupted.
 _GRACE = 20.0
 _BOOT = "from flows.workers import _child; _child()"
@@ -35,18 +46,24 @@ class _Stop(Exception):
     """A signal that ends the workers."""
 
 
-def main() -> int:
-    """Run the workers until one of them ends or a signal comes. Returns the exit status."""
+def main(devices: Sequence[str] = ()) -> int:
+    """Run the workers until one of them ends or a signal comes. Returns the exit status.
+
+    devices : for each worker of the pool gpu its CUDA_VISIBLE_DEVICES; none: one worker, which sees them all.
+    """
     environment = {**_ENVIRONMENT, **os.environ, "PREFECT_API_URL": service_url()}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _raise_stop)
     workers: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for pool in POOLS:
-            workers[pool] = _start(pool, environment)
+            for device in (devices if pool == "gpu" else ()) or (None,):
+                seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+                name = pool if device is None else f"{pool} {device}"
+                workers[name] = _start(pool, environment | seen)
         while all(worker.poll() is None for worker in workers.values()):
             time.sleep(0.5)
-        ended = ", ".join(f"{pool} ({w.returncode})" for pool, w in workers.items() if w.poll() is not None)
+        ended = ", ".join(f"{name} ({w.returncode})" for name, w in workers.items() if w.poll() is not None)
         print(f"error: ended by itself, with the status: {ended}", file=sys.stderr)
         return 1
     except _Stop:
@@ -108,6 +125,7 @@ def _child() -> None:
     """The life of a worker's process: the `prefect` command, until it is told to stop or its parent dies."""
     parent, *arguments = sys.argv[1:]
     die_with_parent(int(parent))
+    os.environ[WORKER] = str(os.getpid())
     sys.argv[:] = ["prefect", *arguments]
     from prefect.cli import app
 
@@ -116,6 +134,6 @@ def _child() -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except QRPOError as error:
         sys.exit(f"error: {error}")

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qrpo_core.engines.config import EndpointConfig, ParityConfig, SamplingConfig, VllmConfig
+from qrpo_core.engines.config import EndpointConfig, FakeConfig, ParityConfig, SamplingConfig, VllmConfig
 from qrpo_core.rewards.config import RewardConfig, WeightedTerm
 from qrpo_core.section import (
+    Fraction,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Section,
-    Share,
     Speed,
     changed_fields,
     recipe_fields,
@@ -28,6 +28,7 @@ __all__ = [
     "EndpointConfig",
     "EvaluationConfig",
     "Experiment",
+    "FakeConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "ParityConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "RoundsConfig",
     "SamplingConfig",
     "Section",
+    "ServiceConfig",
     "StoreConfig",
     "TopUpConfig",
     "TrainingConfig",
@@ -50,7 +52,6 @@ class ModelConfig(Section):
     """The reference policy: the model that training starts from."""
 
     path: str = Field(
-        title="Model",
         description="A directory, a hub id, a .gguf file, or package:NAME/FILE.gguf for a file inside an "
         "installed Python package.",
     )
@@ -63,8 +64,11 @@ class ModelConfig(Section):
 class PromptsConfig(Section):
     """Where prompts come from, and which are held out."""
 
-    kind: Literal["template", "reasoning_gym", "file", "hub"] = Field(title="Source")
-    held_out: Share = Field(
+    kind: Literal["template", "reasoning_gym", "file", "hub"] = Field(
+        title="Source",
+        description="Where they come from. The other fields begin with the sources that they belong to.",
+    )
+    held_out: Fraction = Field(
         0.2, description="Share of prompts kept for evaluation; decided by prompt_id, never by row order."
     )
     system: str | None = Field(None, description="System turn put before prompts that have none.")
@@ -162,9 +166,9 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = Field(
         4, description="Completions of every held-out prompt, each policy."
     )
-    confidence: Share = Field(0.95, description="Level of the bootstrap intervals.")
+    confidence: Fraction = Field(0.95, description="Level of the bootstrap intervals.")
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of prompts.")
-    seed: int = Field(0)
+    seed: int = Field(0, description="Seed of the bootstrap.")
     judges: dict[str, RewardConfig] = Field(
         {},
         description="Further rewards, by name, of the evaluation alone: training never sees them.",
@@ -205,15 +209,33 @@ class StoreConfig(Section):
     )
 
 
+class ServiceConfig(Section):
+    """What runs show beside their results. No recipe has it: changing it computes nothing again."""
+
+    gpu_hour_price: NonNegativeFloat | None = Field(
+        None,
+        description="Price of one GPU for an hour: stages show what they cost; null: no costs are shown.",
+    )
+    currency: Annotated[str, Field(pattern=r"^[^\s|<>`]{1,8}$")] | None = Field(
+        None, description="Written behind costs, such as EUR."
+    )
+
+
 class Experiment(Section):
     """One YAML file: everything that decides what a run computes."""
 
-    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", json_schema_extra=Speed)
+    name: str = Field(
+        "experiment",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="Stands in the names of runs and over the report.",
+        json_schema_extra=Speed,
+    )
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
     vllm: VllmConfig = VllmConfig()
     endpoint: EndpointConfig = EndpointConfig()
+    fake: FakeConfig = FakeConfig()
     parity: ParityConfig = ParityConfig()
     reward: RewardConfig
     training_data: TrainingDataConfig = TrainingDataConfig()
@@ -223,6 +245,7 @@ class Experiment(Section):
     top_up: TopUpConfig = TopUpConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     store: StoreConfig = StoreConfig()
+    service: ServiceConfig = ServiceConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> Experiment:

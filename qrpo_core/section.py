@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,13 +15,25 @@ Speed: JsonDict = {"recipe": False}
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+#: What a form writes over a section where the name of its class says it badly.
+_TITLES = {"Vllm": "vLLM"}
+
+
+def _title(section: type) -> str:
+    """TopUpConfig is written over its fields as `Top up`."""
+    name = section.__name__.removesuffix("Config")
+    return _TITLES.get(name) or re.sub(r"(?<=[a-z])([A-Z])", r" \1", name).capitalize()
 
 
 class Section(BaseModel):
     """Base of every section: frozen, closed to unknown keys, defaults checked like given values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, model_title_generator=_title
+    )
 
 
 def changed_fields(section: Section) -> set[str]:

@@ -19,10 +19,7 @@ from qrpo_core.store.artifacts import Manifest
 def plan_lines(stages: Sequence[StagePlan], store: str) -> list[str]:
     """A table of the stages: what is there, what is missing, its tokens and expected time, and why."""
     rows = [("stage", "present", "missing", "tokens", "expected", "why")]
-    for each in stages:
-        tokens = f"{each.tokens:,.0f}" if each.missing and each.tokens is not None else ""
-        counts = (f"{each.present:,}", f"{each.missing:,}", tokens)
-        rows.append((each.stage, *counts, _expected(each), each.why))
+    rows += [plan_row(each) for each in stages]
     lines = [f"Store: {store}", "", *table(rows)]
     left = [each for each in stages if each.missing]
     if not left:
@@ -36,6 +33,12 @@ def plan_lines(stages: Sequence[StagePlan], store: str) -> list[str]:
     )
     what = f"To compute: {count:,} rows and artifacts in {len(left)} of {len(stages)} stages."
     return [*lines, "", what + (f"{time}." if time else "")]
+
+
+def plan_row(stage: StagePlan) -> tuple[str, str, str, str, str, str]:
+    """Stage, rows present and missing, tokens, expected time, why."""
+    tokens = f"{stage.tokens:,.0f}" if stage.missing and stage.tokens is not None else ""
+    return stage.stage, f"{stage.present:,}", f"{stage.missing:,}", tokens, _expected(stage), stage.why
 
 
 def _expected(stage: StagePlan) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qrpo_core.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share, Speed
+from qrpo_core.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Speed
 
 
 class SamplingConfig(Section):
@@ -58,7 +58,7 @@ class VllmConfig(Section):
     engines: PositiveInt | None = Field(
         None, description="Engines at once; null: as many as the visible GPUs hold, and one without GPUs."
     )
-    memory_share: Share = Field(0.9, description="Share of each GPU's memory that an engine may take.")
+    memory_share: Fraction = Field(0.9, description="Share of each GPU's memory that an engine may take.")
     max_length: PositiveInt | None = Field(
         None, description="Longest sequence, prompt and completion; null: the model's own."
     )
@@ -79,6 +79,14 @@ class EndpointConfig(Section):
     timeout_seconds: PositiveFloat = Field(600.0, description="Longest time of one request.")
     retry_seconds: NonNegativeFloat = Field(
         120.0, description="Longest time that a request goes on trying against errors that pass."
+    )
+
+
+class FakeConfig(Section):
+    """The engine fake, where sampling.engine is fake: to try a pipeline or a service at no cost."""
+
+    seconds_per_row: NonNegativeFloat = Field(
+        0.0, description="Time that drawing a row pretends to take.", json_schema_extra=Speed
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qrpo_core.engines.config import EndpointConfig, VllmConfig
+from qrpo_core.engines.config import EndpointConfig, FakeConfig, VllmConfig
 from qrpo_core.errors import EngineError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def make_engine(
     precision: str | None = None,
     vllm: VllmConfig | None = None,
     endpoint: EndpointConfig | None = None,
+    fake: FakeConfig | None = None,
     adapters: Path | None = None,
 ) -> Engine:
     """The engine of a kind for a policy's directory.
@@ -50,7 +51,7 @@ def make_engine(
     precision : None, or the trainer's arithmetic ("bf16", "fp32"), for log-probs to compare with its own.
     chat : gives the fake engine its vocabulary, end tokens and longest sequence; it needs no weights. The
         endpoint has the last two from it as well.
-    vllm, endpoint : the experiment's; None for the defaults.
+    vllm, endpoint, fake : the experiment's; None for the defaults.
     adapters : LoRA adapters that stand beside the directory's weights; only vllm uses them unmerged.
     """
     if adapters is not None and kind != "vllm":
@@ -60,7 +61,12 @@ def make_engine(
     if kind == "fake":
         from qrpo_core.engines.fake import FakeEngine
 
-        return FakeEngine(chat.vocab_size, chat.stop_token_ids, max_length=chat.max_length)
+        return FakeEngine(
+            chat.vocab_size,
+            chat.stop_token_ids,
+            max_length=chat.max_length,
+            seconds_per_row=(fake or FakeConfig()).seconds_per_row,
+        )
     if kind == "transformers":
         from qrpo_core.engines.hf import TransformersEngine
 

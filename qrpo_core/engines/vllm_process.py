@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import queue
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 from qrpo_core import die_with_parent
 from qrpo_core.engines import vllm_child
 from qrpo_core.errors import EngineError
+from qrpo_core.followed import Follower
 from qrpo_core.store.artifacts import cache_directory
 
 # What the process sees of this one's environment. Credentials stay here, also those with a known beginning.
@@ -39,6 +41,7 @@ _EPITAPH_SECONDS = 2.0
 _LAST_LINES = 8
 
 _numbers = itertools.count()
+_logger = logging.getLogger("qrpo.vllm")
 
 
 def environment(gpus: Sequence[str], threads: int | None) -> dict[str, str]:
@@ -64,7 +67,8 @@ class VllmProcess:
     python : interpreter of the environment with vLLM.
     settings : the first line of `vllm_child`'s protocol.
     gpus : of CUDA_VISIBLE_DEVICES; none of them: the CPU, with `threads` threads.
-    log : where it writes; removed when an engine that never failed is closed.
+    log : where it writes, line by line passed on to the logger `qrpo.vllm`; removed when an engine that never
+        failed is closed.
     """
 
     def __init__(
@@ -91,7 +95,8 @@ class VllmProcess:
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         reader = threading.Thread(target=_read, args=(self._process.stdout, self._messages), daemon=True)
         reader.start()
-        self._end = weakref.finalize(self, _end, self._process, _END_SECONDS)
+        self._follower = Follower(self.log, _logger)
+        self._end = weakref.finalize(self, _end, self._process, _END_SECONDS, self._follower)
         self.send(settings)
 
     @property
@@ -140,7 +145,7 @@ class VllmProcess:
     def kill(self) -> None:
         """End the process at once, with those that it started; the log stays."""
         if self._end.detach():
-            _end(self._process, 0.0)
+            _end(self._process, 0.0, self._follower)
 
     def close(self) -> None:
         """End the process and those that it started; what it wrote is of no more use."""
@@ -157,7 +162,7 @@ def _read(stream: Any, messages: queue.SimpleQueue[dict[str, Any] | None]) -> No
     messages.put(None)
 
 
-def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+def _end(process: subprocess.Popen[bytes], patience: float, follower: Follower) -> None:
     assert process.stdin is not None
     with contextlib.suppress(OSError):
         process.stdin.close()
@@ -166,3 +171,4 @@ def _end(process: subprocess.Popen[bytes], patience: float) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    follower.close()

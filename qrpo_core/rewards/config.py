@@ -176,7 +176,10 @@ _OWN: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 class RewardConfig(Section):
     """What a completion is worth: one scorer, or a weighted sum of others."""
 
-    kind: Kind = Field(title="Scorer")
+    kind: Kind = Field(
+        title="Scorer",
+        description="What gives the reward. The other fields begin with the kinds that they belong to.",
+    )
     extract: Literal["whole", "last_line", "last_number", "last_integer", "answer_tag"] | None = Field(
         None, description="exact, number, reasoning_gym: which part of the completion is the answer."
     )
@@ -207,7 +210,7 @@ class RewardConfig(Section):
 class WeightedTerm(Section):
     """One scorer of a weighted sum."""
 
-    weight: Annotated[float, Field(allow_inf_nan=False)]
+    weight: Annotated[float, Field(allow_inf_nan=False, description="Factor of this scorer's reward.")]
     reward: RewardConfig
 
 

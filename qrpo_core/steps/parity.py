@@ -19,6 +19,7 @@ from qrpo_core.engines.base import Progress, SampleRequest, SamplingParams, Scor
 from qrpo_core.errors import EngineError
 from qrpo_core.ids import sample_seed
 from qrpo_core.steps.blocks import SampleStep, drawn_from
+from qrpo_core.steps.shares import ShareStep
 from qrpo_core.steps.workspace import Built
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
@@ -79,6 +80,8 @@ class Gate:
 
 def gate(step: object) -> Gate | None:
     """The comparison that has to pass before a step computes anything; None where there is none to make."""
+    if isinstance(step, ShareStep):
+        step = step.step
     if not isinstance(step, SampleStep):
         return None
     experiment = step.workspace.experiment

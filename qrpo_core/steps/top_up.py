@@ -16,27 +16,27 @@ from qrpo_core.store.blocks import missing_runs
 
 
 @dataclass(frozen=True)
-class Share:
+class Portion:
     """Some prompts' missing references: the steps that draw and score them, and how many rows are missing."""
 
     steps: tuple[BlockStep, ...]
     rows: int
 
 
-def next_share(workspace: Workspace, rows: int, *, started: bool = False) -> Share | None:
+def next_portion(workspace: Workspace, rows: int, *, started: bool = False) -> Portion | None:
     """Prompts whose missing references are at most `rows` in all; None when nothing is left that fits.
 
-    started : False for the first share of a run, which holds one prompt at least, so that a prompt that needs
+    started : False for the first portion of a run, which holds one prompt at least, so that one that needs
         more than `rows` does not keep the rest waiting for ever.
 
     Where nothing of the budget is missing and a standard error is asked for, the budget is raised first, at
     most twofold: the error of few references is itself uncertain, so it is looked at again before more.
     """
     samples, rewards = reference_steps(workspace)
-    share = _missing(workspace, samples, rewards, rows, started)
+    portion = _missing(workspace, samples, rewards, rows, started)
     target = workspace.experiment.top_up.standard_error
-    if share is not None or target is None or _lacking(workspace, samples, rewards):
-        return share
+    if portion is not None or target is None or _lacking(workspace, samples, rewards):
+        return portion
     wanted = budgets.for_precision(
         Scored.of(rewards.read()), target, workspace.experiment.top_up.max_references
     )
@@ -51,7 +51,7 @@ def next_share(workspace: Workspace, rows: int, *, started: bool = False) -> Sha
 
 def _missing(
     workspace: Workspace, samples: SampleStep, rewards: RewardStep, rows: int, started: bool
-) -> Share | None:
+) -> Portion | None:
     """The first prompts that lack samples or scores, as many as `rows` allows."""
     chosen: list[str] = []
     total = 0
@@ -64,7 +64,7 @@ def _missing(
         return None
     table = samples.prompts.filter(pc.is_in(samples.prompts["prompt_id"], value_set=pa.array(chosen)))
     some = replace(samples, prompts=table)
-    return Share((some, RewardStep(some, rewards.label)), total)
+    return Portion((some, RewardStep(some, rewards.label)), total)
 
 
 def _lacking(workspace: Workspace, samples: SampleStep, rewards: RewardStep) -> dict[str, int]:

@@ -73,6 +73,7 @@ class Workspace:
                 precision=precision,
                 vllm=self.experiment.vllm,
                 endpoint=self.experiment.endpoint,
+                fake=self.experiment.fake,
                 adapters=adapters,
             )
             self._engine = (wanted, engine)

@@ -131,8 +131,10 @@ class TrainingDataConfig(Section):
 class TrainingConfig(Section):
     """The optimisation of the policy on the stored targets."""
 
-    learning_rate: PositiveFloat = Field(1e-6)
-    epochs: PositiveFloat = Field(1.0)
+    learning_rate: PositiveFloat = Field(
+        1e-6, description="Peak of the schedule. Small models, LoRA and few steps want larger ones."
+    )
+    epochs: PositiveFloat = Field(1.0, description="Passes over the training set; fractions are allowed.")
     batch_size: PositiveInt = Field(
         128, description="Examples an optimiser step, over all processes: completions, or pairs of them."
     )
@@ -141,9 +143,13 @@ class TrainingConfig(Section):
         description="Tokens of a forward pass, padding included; a batch takes as many passes as it needs.",
         json_schema_extra=Speed,
     )
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.1)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine")
-    weight_decay: NonNegativeFloat = Field(0.0)
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Share of the steps in which the learning rate rises from 0 to its peak."
+    )
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up; cosine and linear end at 0."
+    )
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled weight decay; 0 is none.")
     max_grad_norm: NonNegativeFloat = Field(0.0, description="0 clips nothing, as published.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="bf16: float32 weights under bfloat16 autocast. Reference log-probs use it too."

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from qrpo_core import errors
 from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
 from qrpo_core.errors import DataError, QRPOError, StoreError
+from qrpo_core.followed import appended
 
 if TYPE_CHECKING:
     from qrpo_core.data.collator import Example, Item
@@ -234,7 +235,7 @@ def _follow(
     process: subprocess.Popen[bytes], job: Path, on_step: Callable[[int, int, dict[str, float]], None] | None
 ) -> int:
     """Pass on steps and lines until the process ends; return its status."""
-    steps, lines = _appended(job / PROGRESS), _appended(job / LOG)
+    steps, lines = appended(job / PROGRESS), appended(job / LOG)
     while True:
         ended = process.poll() is not None  # asked first: what it wrote before its end is still passed on
         for line in next(steps):
@@ -246,17 +247,6 @@ def _follow(
             return int(process.returncode)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
-
-
-def _appended(path: Path) -> Iterator[list[str]]:
-    """Each time it is asked: the whole lines that were appended to a file since the last time."""
-    while not path.exists():
-        yield []
-    rest = ""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        while True:
-            *whole, rest = (rest + file.read()).split("\n")
-            yield whole
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -52,9 +52,9 @@ def train_policy(
     work : a directory of this training alone, which outlives a kill: when it holds a checkpoint, training
         goes on from there. Whoever calls deletes it once the result is committed. Its size: checkpoints.py.
 
-    Returns what was logged, one entry a step, those before a kill included; the losses are the same whether
-    there was one or not. With training.lora_rank, `out` holds the merged weights and `out/adapter` the
-    adapters.
+    Returns what was logged, one entry a step, those before a kill included; on a CPU the losses are the same
+    whether there was one or not (CUDA adds some gradients up in no fixed order). With training.lora_rank,
+    `out` holds the merged weights and `out/adapter` the adapters.
 
     Weights are trained in float32 (under bfloat16 autocast with precision bf16): a bfloat16 weight of
     0.1 has a grid of 5e-4, which would swallow most updates.

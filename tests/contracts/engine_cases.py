@@ -14,6 +14,7 @@ from qrpo_core.data.chat import Chat
 from qrpo_core.engines.base import Completion, Engine, SampleRequest, ScoreRequest
 from qrpo_core.engines.config import EndpointConfig
 from qrpo_core.engines.fake import FakeEngine
+from qrpo_core.engines.numerics import pick_device
 from qrpo_core.engines.registry import make_engine
 from tests.vllm import shared as vllm
 
@@ -63,7 +64,7 @@ def case_of(kind: str, directory: Path) -> Case:
 
     # bfloat16 has 8 bits: a logit of 8 is known to 1/32. Where it is not native, arithmetic is float32.
     tolerance = 1.0 if real(1).name.endswith("bfloat16") else 1e-3
-    return Case(real, chat.vocab_size, chat.stop_token_ids, tolerance)
+    return Case(real, chat.vocab_size, chat.stop_token_ids, tolerance, exact=pick_device().type == "cpu")
 
 
 @contextmanager

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from flows import deploy as module
@@ -24,20 +21,22 @@ from qrpo_core import preflight
 from qrpo_core.config import Experiment
 from qrpo_core.errors import QRPOError
 from qrpo_core.experiments import load_experiment
-from qrpo_core.steps.chain import reference_steps
 from qrpo_core.steps.workspace import Workspace
 from tasks import stages
+from tests.deployments.api import ask, end, references, said, start
 
 DEMO = load_experiment(ROOT / "experiments/demo.yaml")
 #: Of the 20 prompts of `settings`: the others are held out, by the hash of each.
 TRAINED_ON = 15
-#: Name (of the flow and of the deployment), entrypoint, tags.
+#: Name (of the flow and of the deployment), entrypoint, work pool, tags.
 EXPECTED = {
-    "align": ("flows/align.py:align", {"qrpo", "sampling", "training", "evaluation"}),
-    "precompute": ("flows/precompute.py:precompute", {"qrpo", "sampling"}),
-    "train": ("flows/train.py:train", {"qrpo", "training"}),
-    "evaluate": ("flows/evaluate.py:evaluate", {"qrpo", "sampling", "evaluation"}),
-    "top-up": ("flows/top_up.py:top_up", {"qrpo", "sampling", "nightly"}),
+    "align": ("flows/align.py:align", "gpu", {"qrpo", "sampling", "training", "evaluation"}),
+    "precompute": ("flows/precompute.py:precompute", "cpu", {"qrpo", "sampling"}),
+    "sample-share": ("flows/shares.py:sample_share", "gpu", {"qrpo", "sampling", "share"}),
+    "annotate-share": ("flows/shares.py:annotate_share", "gpu", {"qrpo", "reward", "share"}),
+    "train": ("flows/train.py:train", "gpu", {"qrpo", "training"}),
+    "evaluate": ("flows/evaluate.py:evaluate", "gpu", {"qrpo", "sampling", "evaluation"}),
+    "top-up": ("flows/top_up.py:top_up", "gpu", {"qrpo", "sampling", "nightly"}),
 }
 
 #: Fields whose title, with the choices and limits that the schema has, is description enough.
@@ -51,57 +50,7 @@ SPEAK_FOR_THEMSELVES = {
 }
 
 
-def ask(server: PrefectServer, method: str, path: str, **body: Any) -> Any:
-    """A request to the API; its answer, or an AssertionError with what the server said."""
-    for _ in range(20):
-        answer = httpx.request(method, f"{server.url}{path}", json=body or None, timeout=30)
-        if answer.status_code != 503:  # "database is locked": Prefect's own client asks again, too
-            break
-        time.sleep(0.5)
-    assert answer.is_success, answer.text
-    return answer.json()
-
-
-def start(server: PrefectServer, deployment: str, experiment: dict[str, Any]) -> str:
-    """Create a run of a deployment, as the button of the UI does; its id."""
-    found = ask(server, "GET", f"/deployments/name/{deployment}/{deployment}")
-    path = f"/deployments/{found['id']}/create_flow_run"
-    return str(ask(server, "POST", path, parameters={"experiment": experiment})["id"])
-
-
-def end(server: PrefectServer, run: str, log: Path, seconds: float = 90) -> dict[str, Any]:
-    """Wait until a run has ended; the run."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found: dict[str, Any] = ask(server, "GET", f"/flow_runs/{run}")
-        if found["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
-            return found
-        time.sleep(0.3)
-    raise AssertionError(f"still {found['state']}\n{log.read_text()}")
-
-
-def said(server: PrefectServer, run: str, pattern: str, seconds: float = 20) -> None:
-    """Wait for a line of the run's log (they come in batches)."""
-    deadline = time.monotonic() + seconds
-    while True:
-        entries = ask(server, "POST", "/logs/filter", logs={"flow_run_id": {"any_": [run]}})
-        if any(re.search(pattern, entry["message"]) for entry in entries):
-            return
-        assert time.monotonic() < deadline, f"no {pattern!r} in {[entry['message'] for entry in entries]}"
-        time.sleep(0.3)
-
-
-def references(experiment: Experiment) -> Counter[int]:
-    """How many prompts have how many references in the store, counted there."""
-    workspace = Workspace(experiment)
-    rows: Counter[str] = Counter()
-    for block in workspace.blocks.committed(reference_steps(workspace)[0].recipe):
-        for run in block.runs:
-            rows[run.key] += run.count
-    return Counter(rows.values())
-
-
-@pytest.mark.slow
+@pytest.mark.service
 def test_what_the_command_puts_on_the_server(server: PrefectServer, deployed: str) -> None:
     assert [line for line in deployed.splitlines() if line.startswith("Work pool")] == [
         "Work pool cpu created.",
@@ -109,26 +58,30 @@ def test_what_the_command_puts_on_the_server(server: PrefectServer, deployed: st
     ]
     found = {d["name"]: d for d in ask(server, "POST", "/deployments/filter")}
     assert set(found) == set(EXPECTED)
-    for name, (entrypoint, tags) in EXPECTED.items():
+    for name, (entrypoint, pool, tags) in EXPECTED.items():
         deployment = found[name]
         assert deployment["entrypoint"] == entrypoint
         assert set(deployment["tags"]) == tags
-        assert deployment["work_pool_name"] == "gpu"
+        assert deployment["work_pool_name"] == pool
         assert not deployment["paused"]
         assert deployment["enforce_parameter_schema"]
         assert len(deployment["description"]) > 40
         # The form begins with the demo, whole; what it sends back is the demo.
-        assert deployment["parameters"] == {"experiment": DEMO.model_dump(mode="json")}
+        more = {"pool": "gpu"} if name == "precompute" else {}
+        assert deployment["parameters"] == {"experiment": DEMO.model_dump(mode="json"), **more}
         assert Experiment.model_validate(deployment["parameters"]["experiment"]) == DEMO
         # No path of this machine: any worker has its own checkout.
-        assert deployment["pull_steps"] == [{"flows.deploy.enter_checkout": {}}]
+        assert deployment["pull_steps"] == [
+            {"flows.deploy.enter_checkout": {}},
+            {"flows.end_with_worker.end_with_worker": {}},
+        ]
         assert str(ROOT) not in str({**deployment, "parameter_openapi_schema": None})
         schedules = [(s["schedule"]["cron"], s["active"]) for s in deployment["schedules"]]
         assert schedules == ([("0 2 * * *", False)] if name == "top-up" else [])
     assert ask(server, "POST", "/flow_runs/filter") == []  # nothing is scheduled
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_a_second_time_changes_nothing(
     server: PrefectServer, deployed: str, deploy: Callable[[], str]
 ) -> None:
@@ -143,7 +96,7 @@ def test_a_second_time_changes_nothing(
     assert standing() == before
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_a_pool_of_another_type_is_refused(server: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(server, "POST", "/work_pools/", name="elsewhere", type="docker")
     monkeypatch.setattr(module, "POOLS", {"elsewhere": ""})
@@ -151,7 +104,7 @@ def test_a_pool_of_another_type_is_refused(server: PrefectServer, monkeypatch: p
         create_pools(server.url)
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_every_field_of_the_form_explains_itself(server: PrefectServer, deployed: str) -> None:
     found = ask(server, "GET", "/deployments/name/align/align")
     schema = found["parameter_openapi_schema"]
@@ -171,7 +124,7 @@ def test_every_field_of_the_form_explains_itself(server: PrefectServer, deployed
     assert definitions["SamplingConfig"]["properties"]["references_per_prompt"]["default"] == 8
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_a_run_with_a_raised_budget_draws_the_difference(
     server: PrefectServer, workers: Path, settings: dict[str, Any]
 ) -> None:
@@ -181,10 +134,10 @@ def test_a_run_with_a_raised_budget_draws_the_difference(
     assert references(Experiment.model_validate(settings)) == {4: TRAINED_ON}
 
     settings["sampling"]["references_per_prompt"] = 6
-    run = start(server, "precompute", settings)
+    run = start(server, "precompute", settings, pool=None)
     found = end(server, run, workers)
     assert found["state"]["type"] == "COMPLETED", workers.read_text()
-    assert found["name"] == "precompute-small"
+    assert found["name"].startswith("precompute small · ")
     assert references(Experiment.model_validate(settings)) == {6: TRAINED_ON}
     computed, reused = 2 * TRAINED_ON, 4 * TRAINED_ON
     for stage in ("sample references", "score references", "reference log-probs"):
@@ -192,7 +145,7 @@ def test_a_run_with_a_raised_budget_draws_the_difference(
     said(server, run, r" prompts +cached, 1 artifact reused \(")
 
 
-@pytest.mark.slow
+@pytest.mark.service
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
@@ -224,24 +177,24 @@ def test_a_wrong_value_is_told_in_the_state_and_writes_nothing(
     message: str,
 ) -> None:
     settings[section][field] = value
-    run = start(server, "precompute", settings)
+    run = start(server, "precompute", settings, pool=None)
     state = end(server, run, workers)["state"]
     assert (state["type"], state["message"]) == ("FAILED", message)
     assert not Path(settings["store"]["path"]).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_a_value_that_the_form_would_refuse_is_refused_by_the_server(
     server: PrefectServer, deployed: str, settings: dict[str, Any]
 ) -> None:
     settings["sampling"]["references_per_prompt"] = 0
     before = ask(server, "POST", "/flow_runs/count")
     with pytest.raises(AssertionError, match=r"0 is less than the minimum of 1"):
-        start(server, "precompute", settings)
+        start(server, "precompute", settings, pool=None)
     assert ask(server, "POST", "/flow_runs/count") == before
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_a_worker_of_each_pool_is_online(server: PrefectServer, workers: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -255,13 +208,13 @@ def test_a_worker_of_each_pool_is_online(server: PrefectServer, workers: Path) -
     assert online == {"cpu": ["ONLINE"], "gpu": ["ONLINE"]}, workers.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.service
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the children of a process")
 def test_ctrl_c_ends_the_workers_and_the_record_says_that_of_their_run(
     server: PrefectServer, working: tuple[Any, Path], workers: Path, settings: dict[str, Any]
 ) -> None:
     settings["reward"] = {"kind": "python", "python": {"function": "endless:score"}}
-    run = start(server, "precompute", settings)
+    run = start(server, "precompute", settings, pool=None)
     said(server, run, "sample references +[0-9]+ rows computed", seconds=90)
     started, _ = working
     children = set(_children(started.pid))
@@ -274,7 +227,7 @@ def test_ctrl_c_ends_the_workers_and_the_record_says_that_of_their_run(
     assert end(server, run, workers, seconds=5)["state"]["type"] == "CRASHED"
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_preflight_is_once_a_run(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
 

@@ -1,6 +1,6 @@
 """One run of the pre-computation in a process of its own, which notes what it buys and dies where it is told.
 
-It is the flow `precompute` as it stands: its body, `tasks.stages`, the steps and the store. Only Prefect's
+It is the flow `precompute` as it stands: its body, `tasks.rounds`, the steps and the store. Only Prefect's
 engine is left out, which costs seconds a run: the functions that its tasks wrap are called directly. The same
 through `qrpo run` is in test_command_line.py.
 
@@ -198,15 +198,16 @@ def _run(job: Job, watch: Watch) -> None:
     from qrpo_core.preflight import check
     from qrpo_core.steps import workspace
     from qrpo_core.store.blocks import Blocks
-    from tasks import stages
+    from tasks import blocks, rounds
+    from tasks.stages import Stage
 
-    def make(_: Any, stage: str, recipe: Any, build: Callable[[], Any]) -> stages.Stage:
+    def make(_: Any, stage: str, recipe: Any, build: Callable[[], Any]) -> Stage:
         if stage == job.until:
             sys.exit(DONE)
         watch.stage = stage
         watch.at("begin")
         build()
-        return stages.Stage(stage, 0, 1, "Completed", 0.0)
+        return Stage(stage, 0, 1, "Completed", 0.0)
 
     @contextmanager
     def progress(*_: Any) -> Iterator[Callable[[int], None]]:
@@ -221,11 +222,12 @@ def _run(job: Job, watch: Watch) -> None:
         (workspace, "open_objects", lambda config: WatchedObjects(opened(config), watch)),
         (precompute, "make", make),
         (precompute, "publish_stages", lambda stages: None),
-        (stages, "make", make),
-        (stages, "compute_block", DirectBlock(stages.compute_block.fn, watch)),
-        (stages, "stage_progress", progress),
-        (stages, "announce", lambda *_: None),
-        (stages, "announce_problem", lambda text: watch.note("problem", text=text)),
+        (rounds, "make", make),
+        (blocks, "make", make),
+        (blocks, "compute_block", DirectBlock(blocks.compute_block.fn, watch)),
+        (blocks, "stage_progress", progress),
+        (blocks, "announce", lambda *_: None),
+        (blocks, "announce_problem", lambda text: watch.note("problem", text=text)),
         (Blocks, "still_missing", still_missing),
         (os, "link", _linked(os.link, watch)),
     ]

@@ -1,20 +1,39 @@
-"""A Prefect server for the flows of a test module."""
+"""A Prefect server for tests of flows: one for a session, since it takes longer to start than most tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import prefect  # noqa: F401  (it remembers the address that the environment had when it was imported)
 import pytest
+from prefect.settings import temporary_settings
 
-from flows.server import PrefectServer, prefect_server
+from flows.server import PrefectServer
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PrefectServer, Path]]:
+    """A real server on loopback with a database of its own, and its PREFECT_HOME."""
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(home))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        server = PrefectServer().start().wait_ready()
+    try:
+        yield server, home
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    """A real server on loopback with a database of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        patch.delenv("PREFECT_API_URL", raising=False)
-        with prefect_server(PrefectServer().start()) as server:
-            yield server
+def server(running: tuple[PrefectServer, Path]) -> Iterator[PrefectServer]:
+    """The session's server, which runs of the module are recorded by; others' runs are there, too."""
+    server, home = running
+    own: dict[Any, Any] = {"api.url": server.url, "flows.heartbeat_frequency": None}
+    with pytest.MonkeyPatch.context() as patch, temporary_settings(own), server.seen.watching():
+        patch.setenv("PREFECT_HOME", str(home))
+        patch.setenv("PREFECT_API_URL", server.url)
+        yield server
+        server.settle()

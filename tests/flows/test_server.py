@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from flows import server as module
-from flows.server import SERVER_ENVIRONMENT, PrefectServer, prefect_server, quiet_console
-from qrpo_core.errors import ConfigError, QRPOError
+from flows.server import PrefectServer, prefect_server, quiet_console
+from qrpo_core.errors import QRPOError
 
 ROOT = Path(module.__file__).parents[1]
 
@@ -200,29 +200,6 @@ def test_the_server_dies_with_a_run_that_is_killed(begin: Callable[..., subproce
     wait_until_gone(pid)
 
 
-@pytest.mark.slow
-def test_a_server_in_the_foreground_is_used_and_left_running(
-    begin: Callable[..., subprocess.Popen[str]],
-) -> None:
-    from prefect.settings import temporary_settings
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    address = f"http://127.0.0.1:{port}"
-    serving = begin("from flows.server import main; main()", PREFECT_SERVER_API_PORT=port)
-    assert serving.stdout is not None
-    assert serving.stdout.readline() == f"Prefect UI: {address}\n"
-    assert serving.stdout.readline() == f"For runs to use it: export PREFECT_API_URL={address}/api\n"
-    with temporary_settings({"api.url": f"{address}/api"}), prefect_server() as server:
-        assert not server.own
-        assert server.ui_url == address
-    assert serving.poll() is None
-    os.killpg(serving.pid, signal.SIGINT)
-    _, err = serving.communicate(timeout=60)
-    assert serving.returncode == 0, err
-    assert "Traceback" not in err
-
-
 def test_a_configured_server_that_does_not_answer() -> None:
     from prefect.settings import temporary_settings
 
@@ -257,31 +234,6 @@ def test_the_configured_address_is_found_without_prefect_in_the_environment(
     script = "import flows.server as s; print(s._configured_url())"
     run = begin(script, PREFECT_HOME=str(tmp_path))
     assert run.communicate(timeout=60)[0] == "http://10.0.0.1:4200/api\n"
-
-
-def test_serving_refuses_to_be_reached_by_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefect.settings import temporary_settings
-
-    for name, value in SERVER_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)  # so that what main() sets is undone
-    with (
-        temporary_settings({"server.api.host": "0.0.0.0", "server.api.auth_string": None}),
-        pytest.raises(ConfigError, match="PREFECT_SERVER_API_AUTH_STRING"),
-    ):
-        module.main()
-
-
-def test_serving_on_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefect.settings import temporary_settings
-
-    for name, value in SERVER_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as taken,
-        temporary_settings({"server.api.host": "127.0.0.1", "server.api.port": taken.getsockname()[1]}),
-        pytest.raises(QRPOError, match=r"cannot listen.*PREFECT_SERVER_API_PORT"),
-    ):
-        module.main()
 
 
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:

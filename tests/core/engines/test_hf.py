@@ -107,7 +107,7 @@ class TestAgainstTheModel:
 class TestExactness:
     def test_a_machine_that_is_not_exact_is_found_out(self, tiny_model: Path) -> None:
         """A model whose rows depend on their slot in the last digit, as a kernel might make them."""
-        engine = TransformersEngine(tiny_model, "float32", 8)
+        engine = TransformersEngine(tiny_model, "float32", 8, device="cpu")
         assert engine.exact
         engine._model.lm_head.register_forward_hook(
             lambda _module, _inputs, logits: logits * (1 + 1e-7 * torch.arange(len(logits))[:, None, None])
@@ -116,7 +116,8 @@ class TestExactness:
         assert not engine.exact
 
     def test_a_model_that_mixes_rows_is_found_out(self, tiny_model: Path) -> None:
-        engine = TransformersEngine(tiny_model, "float32", 8)
+        engine = TransformersEngine(tiny_model, "float32", 8, device="cpu")
+        assert engine.exact
         engine._model.lm_head.register_forward_hook(
             lambda _module, _inputs, logits: logits + 1e-3 * logits.mean(dim=0, keepdim=True)
         )

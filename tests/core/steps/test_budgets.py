@@ -17,7 +17,7 @@ from qrpo_core.steps.blocks import SampleStep
 from qrpo_core.steps.budgets import Scored
 from qrpo_core.steps.chain import Chain, reference_steps
 from qrpo_core.steps.targets import derive
-from qrpo_core.steps.top_up import next_share
+from qrpo_core.steps.top_up import next_portion
 from qrpo_core.steps.workspace import Workspace
 
 
@@ -115,11 +115,11 @@ def test_precision_asks_for_what_the_standard_error_says(steps: Any, settings: d
 def run_top_up(steps: Any, workspace: Workspace) -> list[int]:
     """One run of the flow without Prefect: rows of each of its shares."""
     done, left = [], workspace.experiment.top_up.rows_per_run
-    while left > 0 and (share := next_share(workspace, left, started=bool(done))) is not None:
-        counted = [steps.fill(workspace, step) for step in share.steps]
-        assert max(counted) == share.rows
-        done.append(share.rows)
-        left -= share.rows
+    while left > 0 and (portion := next_portion(workspace, left, started=bool(done))) is not None:
+        counted = [steps.fill(workspace, step) for step in portion.steps]
+        assert max(counted) == portion.rows
+        done.append(portion.rows)
+        left -= portion.rows
     return done
 
 

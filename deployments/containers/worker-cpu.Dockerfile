@@ -1,0 +1,20 @@
+# A worker of the pool `cpu`, and where `make deploy` can run. Never built where it was written.
+# From the repository's root: docker build -f deployments/containers/worker-cpu.Dockerfile -t qrpo-worker-cpu .
+# The torch that pip takes by itself carries CUDA (2.6 GB more): give an index with CPU builds to go without,
+# --build-arg PIP_EXTRA_INDEX_URL=...
+FROM python:3.11-slim
+
+ARG PIP_EXTRA_INDEX_URL=""
+WORKDIR /app
+COPY pyproject.toml requirements.lock README.md LICENSE ./
+COPY qrpo_core ./qrpo_core
+COPY tasks ./tasks
+COPY flows ./flows
+COPY experiments ./experiments
+COPY deployments ./deployments
+RUN pip install --no-cache-dir -c requirements.lock -e '.[lora]' \
+    && useradd --create-home --uid 10001 qrpo && install -d -o qrpo /store
+USER 10001
+# As flows/workers.py sets it for its runs.
+ENV PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 PREFECT_CLIENT_MAX_RETRIES=8 OMP_WAIT_POLICY=PASSIVE DO_NOT_TRACK=1
+CMD ["prefect", "worker", "start", "--pool", "cpu", "--type", "process"]

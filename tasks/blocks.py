@@ -1,0 +1,104 @@
+"""Block stages: the rows that a stage lacks, planned against the store and computed block by block."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.utilities.annotations import quote
+
+from qrpo_core.errors import DamagedError
+from qrpo_core.steps import parity
+from qrpo_core.steps.blocks import BlockStep
+from qrpo_core.steps.workspace import Workspace
+from qrpo_core.store.blocks import BlockPlan, Blocks, Run, Wanted, count_rows, missing_runs
+from qrpo_core.store.recipe import Recipe
+from tasks.progress import announce, announce_fact, announce_problem, stage_progress
+from tasks.stages import Stage, make
+
+#: Computes the missing rows of a step, wherever; returns how many.
+Compute = Callable[[Workspace, BlockStep, Sequence[Run]], int]
+
+#: How often a flow run starts over because a damaged block was set aside, before it gives up.
+_MENDINGS = 3
+
+
+def missing_rows(workspace: Workspace, step: BlockStep) -> list[Run]:
+    """The rows of a step that are asked for and not in the store."""
+    return missing_runs(step.wanted, workspace.blocks.committed(step.recipe))
+
+
+def in_this_run(workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -> int:
+    """Compute the missing rows in this process; returns how many.
+
+    Blocks are taken in a random order, and each is looked up once more before it is computed, so that runs
+    that work on the same rows at once share them out instead of following each other.
+    """
+    _pass_gate(workspace, step)
+    wanted, computed = step.wanted, 0
+    with stage_progress(step.label, sum(run.count for run in missing)) as advance:
+        for number, plan in enumerate(_blocks(workspace.blocks, step.recipe, wanted), 1):
+            name = f"{step.label}, block {number}"
+            compute_block.with_options(task_run_name=name)(
+                quote(step), quote(plan), quote(workspace), advance
+            )
+            computed += plan.rows
+    return computed
+
+
+def fill(workspace: Workspace, step: BlockStep, compute: Compute = in_this_run) -> Stage:
+    """A block stage: have the rows computed that are asked for and not in the store."""
+    started = time.monotonic()
+    missing = missing_rows(workspace, step)
+    computed = compute(workspace, step, missing) if missing else 0
+    state = "Completed" if missing else "Cached"
+    reused = count_rows(step.wanted) - computed
+    result = Stage(step.label, reused, computed, state, time.monotonic() - started)
+    announce(result.stage, result.reused, result.computed, "rows", result.seconds)
+    return result
+
+
+def _pass_gate(workspace: Workspace, step: BlockStep) -> None:
+    """Compare the engine that draws with the training model, once, before rows are bought from it."""
+    asked = parity.gate(step)
+    if asked is None or workspace.artifacts.find(asked.recipe) is not None:
+        return
+    with stage_progress(asked.label, workspace.experiment.parity.rows) as advance:
+        make(workspace, asked.label, asked.recipe, lambda: asked.build(advance))
+    announce_fact(parity.summary(workspace.artifacts.get(asked.recipe).facts))
+
+
+def _blocks(blocks: Blocks, recipe: Recipe, wanted: Wanted) -> Iterator[BlockPlan]:
+    """The blocks to compute: planned anew while their size is a guess, and after others took some."""
+    while plans := blocks.plan(recipe, wanted, blocks.rows_for(recipe)):
+        measured = blocks.rate(recipe) is not None
+        random.shuffle(plans)  # the order of work alone: a row is the same in any block
+        for plan in plans if measured else plans[:1]:
+            left = blocks.still_missing(plan)
+            if left is not None:
+                yield left
+
+
+def mended(work: Callable[[], list[Stage]]) -> list[Stage]:
+    """The stages of `work`, done again where a damaged block was met, since that one is set aside then."""
+    for _ in range(_MENDINGS):
+        try:
+            return work()
+        except DamagedError as error:
+            announce_problem(f"{error}")
+    return work()
+
+
+@task(name="block", cache_policy=NO_CACHE)
+def compute_block(
+    step: BlockStep, plan: BlockPlan, workspace: Workspace, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Compute one block and commit it; the last step makes it real. Returns a small reference."""
+    started = time.monotonic()
+    table, facts = step.compute(plan, advance)
+    block = workspace.blocks.commit(plan, table, step.schema, time.monotonic() - started, **facts)
+    return {"block": block.block, "rows": block.rows, "seconds": block.seconds}

@@ -1,0 +1,45 @@
+"""A round of an experiment: everything before its training, and its training."""
+
+from __future__ import annotations
+
+from qrpo_core.steps import training
+from qrpo_core.steps.rounds import Round
+from qrpo_core.steps.workspace import Workspace
+from qrpo_core.store.artifacts import Manifest
+from tasks.blocks import Compute, fill, in_this_run, mended
+from tasks.progress import stage_progress
+from tasks.stages import Stage, make
+
+
+def prepare(workspace: Workspace, round_: Round, compute: Compute = in_this_run) -> list[Stage]:
+    """Everything of a round before its training. compute : who computes its missing rows."""
+    return mended(lambda: _prepare(workspace, round_, compute))
+
+
+def _prepare(workspace: Workspace, round_: Round, compute: Compute) -> list[Stage]:
+    label = round_.label
+    stages = [fill(workspace, step, compute) for step in round_.row_steps]
+    stages.append(make(workspace, label("quantiles"), round_.quantiles, round_.build_quantiles))
+    stages.append(fill(workspace, round_.logprobs, compute))
+    stages.append(make(workspace, label("training set"), round_.training_set, round_.build_training_set))
+    return stages
+
+
+def fit(workspace: Workspace, round_: Round) -> Stage:
+    """The training of a round; one that was interrupted goes on from its last checkpoint."""
+
+    def build() -> Manifest:
+        data = workspace.artifacts.get(round_.training_set)
+        examples = training.example_count(workspace, data)
+        steps = training.optimiser_steps(workspace.experiment.training, examples)
+        with stage_progress(round_.label("train"), steps, "steps") as advance:
+            done = 0
+
+            def on_step(step: int, total: int, logs: dict[str, float]) -> None:
+                nonlocal done
+                advance(step - done)
+                done = step
+
+            return training.build(workspace, round_.train, data, round_.start, on_step)
+
+    return make(workspace, round_.label("train"), round_.train, build)

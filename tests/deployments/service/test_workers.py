@@ -1,0 +1,229 @@
+"""What workers do for a service: shares of missing rows, what follows a run, what a schedule starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.deploy import ROOT
+from qrpo_core.config import Experiment
+from qrpo_core.experiments import load_experiment
+from qrpo_core.steps.chain import reference_steps, stored_chain
+from qrpo_core.steps.workspace import Workspace
+from tasks.events import PRECOMPUTED, TRAINED
+
+#: Of the 20 prompts; the others are held out, by the hash of each.
+TRAINED_ON = 15
+REFERENCES = 20
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture(scope="module")
+def service(make_service: Callable[..., Any]) -> Any:
+    """A server with the deployments."""
+    service = make_service(PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="2")  # default 60
+    service.serve()
+    service.run("flows.deploy")
+    return service
+
+
+@pytest.fixture(scope="module")
+def workers(service: Any) -> Any:
+    """`make workers DEVICES="0 1"`: a worker of the pool cpu, two of the pool gpu."""
+    started = service.start("flows.workers", "0", "1")
+    online(service, gpu=2, cpu=1)
+    return started
+
+
+def online(service: Any, **wanted: int) -> None:
+    """Wait until so many workers of the pools are online."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        found = {
+            pool: Counter(w["status"] for w in service.ask("POST", f"/work_pools/{pool}/workers/filter"))
+            for pool in wanted
+        }
+        if all(found[pool]["ONLINE"] == count for pool, count in wanted.items()):
+            return
+        time.sleep(0.3)
+    raise AssertionError((found, service.log("flows.workers").read_text()))
+
+
+def begin(service: Any, deployment: str, path: Path, **more: Any) -> str:
+    return str(service.begin(deployment, load_experiment(path).model_dump(mode="json"), **more))
+
+
+def shares(service: Any, experiment: Experiment) -> list[dict[str, Any]]:
+    """The runs of shares of an experiment, by start."""
+    found = service.ask("POST", "/flow_runs/filter", flow_runs={"tags": {"all_": ["share"]}})
+    mine = [run for run in found if run["parameters"]["experiment"]["store"]["path"] == experiment.store.path]
+    return sorted(mine, key=lambda run: run["expected_start_time"])
+
+
+def bought(experiment: Experiment) -> dict[str, Counter[tuple[str, int]]]:
+    """How often each row stands in the blocks of each stage before training."""
+    workspace = Workspace(experiment)
+    round_ = stored_chain(workspace).first
+    return {
+        step.label: Counter(
+            (run.key, index)
+            for block in workspace.blocks.committed(step.recipe)
+            for run in block.runs
+            for index in range(run.first, run.first + run.count)
+        )
+        for step in (*round_.row_steps, round_.logprobs)
+    }
+
+
+def slow(write_experiment: Callable[..., Path], name: str, seconds: float, **changed: Any) -> Path:
+    """300 references; a block is a second of work."""
+    sampling = {"engine": "fake", "references_per_prompt": REFERENCES, "max_new_tokens": 12}
+    path = write_experiment(name, sampling=sampling, fake={"seconds_per_row": seconds}, **changed)
+    text = path.read_text().replace("store:\n", "store:\n  block_minutes: 0.016\n  rows_per_block: 16\n")
+    path.write_text(text)
+    return path
+
+
+def test_two_workers_share_each_stage_and_one_that_is_killed_costs_nothing(
+    service: Any, workers: Any, write_experiment: Callable[..., Path]
+) -> None:
+    path = slow(write_experiment, "shared", 0.1)
+    run = begin(service, "precompute", path)
+    experiment = load_experiment(path)
+    service.said(run, "^  prompts ")
+    workspace = Workspace(experiment)
+    step = reference_steps(workspace)[0]
+    deadline = time.monotonic() + 90
+    while len(workspace.blocks.committed(step.recipe)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    first, second = shares(service, experiment)
+    assert [share["name"].partition(" (")[0] for share in (first, second)] == [
+        "sample references, share 1 of 2",
+        "sample references, share 2 of 2",
+    ]
+    victim = first if first["state_type"] == "RUNNING" else second
+    os.killpg(process_of(victim["id"]), signal.SIGKILL)
+
+    state = service.end(run, 240)
+    assert state[0] == "COMPLETED", (state, service.log("flows.workers").read_text())
+    found = bought(experiment)
+    assert set(found) == {"sample references", "score references", "reference log-probs"}
+    # Each row once: what the dead one had committed is not computed again, and the others did not overlap.
+    assert all(set(rows.values()) == {1} for rows in found.values())
+    assert all(len(rows) == TRAINED_ON * REFERENCES for rows in found.values())
+    assert service.state(victim["id"])[0] == "CRASHED"
+    service.said(run, "share . of 2 .* what it left is shared out again", seconds=10)
+    made = Counter(share["parameters"]["share"]["stage"] for share in shares(service, experiment))
+    assert made["sample references"] > 2  # those that came for the dead one
+    assert made["score references"] == made["reference log-probs"] == 2
+    assert all(share["parent_task_run_id"] for share in shares(service, experiment))  # shown below their run
+
+
+def process_of(run: str) -> int:
+    """The process that a flow run has for itself: the leader of its group."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"PREFECT__FLOW_RUN_ID={run}".encode() in environment and os.getpgid(int(folder.name)) == int(
+            folder.name
+        ):
+            return int(folder.name)
+    raise AssertionError(f"no process of {run}")
+
+
+@pytest.mark.parametrize(
+    ("event", "then", "flow", "next_then"),
+    [
+        (PRECOMPUTED, "stop", None, None),
+        (PRECOMPUTED, "train", "train", "stop"),
+        (PRECOMPUTED, "train, evaluate", "train", "evaluate"),
+        (TRAINED, "stop", None, None),
+        (TRAINED, "evaluate", "evaluate", None),
+    ],
+)
+def test_what_follows_a_run_starts_by_itself_if_it_is_asked_for(
+    service: Any,
+    write_experiment: Callable[..., Path],
+    event: str,
+    then: str,
+    flow: str | None,
+    next_then: str | None,
+) -> None:
+    """The event that the flows emit at their end; no worker is needed to see the run that it starts."""
+    experiment = load_experiment(write_experiment(f"{event}-{then.replace(', ', '-')}"))
+    told = (
+        f"from qrpo_core.experiments import load_experiment; from tasks.events import tell; tell({event!r}, "
+    )
+    told += f"load_experiment({str(write_experiment(experiment.name))!r}), {then!r})"
+    subprocess.run([sys.executable, "-c", told], cwd=ROOT, env=service.client, check=True, timeout=120)
+
+    def started() -> list[dict[str, Any]]:
+        found = service.ask("POST", "/flow_runs/filter", flow_runs={"tags": {"all_": ["qrpo"]}})
+        return [run for run in found if run["parameters"]["experiment"]["name"] == experiment.name]
+
+    deadline = time.monotonic() + (30 if flow else 3)
+    while not (runs := started()) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert len(runs) == (flow is not None)
+    for run in runs:
+        assert Experiment.model_validate(run["parameters"]["experiment"]) == experiment
+        assert run["parameters"].get("then") == next_then
+        assert service.ask("GET", f"/flows/{run['flow_id']}")["name"] == flow
+        service.ask("DELETE", f"/flow_runs/{run['id']}")
+
+
+def test_the_nightly_top_up_fires_by_itself_and_adds_what_is_missing(
+    service: Any, workers: Any, write_experiment: Callable[..., Path]
+) -> None:
+    small = {"engine": "fake", "references_per_prompt": 2, "max_new_tokens": 12}
+    path = write_experiment("nightly", sampling=small)
+    service.run("flows.cli", "run", str(path), "--flow", "precompute")
+    path = write_experiment("nightly", sampling=small | {"references_per_prompt": 5})
+    experiment = load_experiment(path)
+    before = bought(experiment)["sample references"]
+    assert len(before) == 2 * TRAINED_ON
+
+    found = service.ask("GET", "/deployments/name/top-up/top-up")
+    (nightly,) = found["schedules"]
+    assert not nightly["active"]
+    # Night is in 15 seconds, by the clock of the server.
+    at = datetime.now(UTC) + timedelta(seconds=15)
+    changed = {
+        "active": True,
+        "schedule": {"interval": 86400, "anchor_date": at.isoformat(), "timezone": "UTC"},
+        "parameters": {"experiment": experiment.model_dump(mode="json")},
+    }
+    service.ask("PATCH", f"/deployments/{found['id']}/schedules/{nightly['id']}", **changed)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            runs = service.ask("POST", "/flow_runs/filter", flows={"name": {"any_": ["top-up"]}})
+            first = min(runs, key=lambda run: run["expected_start_time"], default=None)
+            if first is not None and first["state_type"] in ("COMPLETED", "FAILED", "CRASHED"):
+                break
+            assert time.monotonic() < deadline, runs
+            time.sleep(0.3)
+    finally:
+        path_of = f"/deployments/{found['id']}/schedules/{nightly['id']}"
+        service.ask("PATCH", path_of, active=False)
+    assert first["state_type"] == "COMPLETED", service.log("flows.workers").read_text()
+    assert first["auto_scheduled"]
+    assert datetime.fromisoformat(first["expected_start_time"]) == at
+    after = bought(experiment)["sample references"]
+    assert set(after.values()) == {1}
+    assert len(after) == 5 * TRAINED_ON
+    assert before.keys() <= after.keys()
