@@ -58,10 +58,17 @@ _OFF = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "TRIGGERS")
 _OWN_ENVIRONMENT = {**SERVER_ENVIRONMENT, **{f"PREFECT_SERVER_SERVICES_{s}_ENABLED": "false" for s in _OFF}}
 #: Seconds between the heartbeats of a run; the server of a service takes one without for dead.
 HEARTBEAT = 30
+#: The log of a run has what the project's own loggers say, lines of training processes and engines among
+#: them; what they say outside a run is on the console alone.
+OWN_LOGGERS = {
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "qrpo",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+}
 # What Prefect's client reads when it is imported: warnings and errors on the console, every log in the API.
 _CLIENT_ENVIRONMENT = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
+    **OWN_LOGGERS,
     "DO_NOT_TRACK": "1",
 }
 #: `user:password`: what Prefect's clients send, and what its server asks for.

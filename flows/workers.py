@@ -23,20 +23,15 @@ from typing import NoReturn
 from flows.deploy import POOLS, ROOT, service_url
 from flows.end_with_worker import WORKER
 from flows.serve import RUN_ENVIRONMENT
+from flows.server import OWN_LOGGERS
 from qrpo_core.die_with_parent import die_with_parent
 from qrpo_core.errors import QRPOError
 
 #: How many runs a pool's worker takes at a time; None: any number.
 LIMITS: dict[str, int | None] = {"cpu": None, "gpu": 1}
 
-#: What a run of a worker has in its environment, unless ours says otherwise; its log has what the project's
-#: own loggers say (lines of training processes among them).
-_ENVIRONMENT = {
-    **RUN_ENVIRONMENT,
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_LOGGING_EXTRA_LOGGERS": "qrpo",
-}
+#: What a run of a worker has in its environment, unless ours says otherwise.
+_ENVIRONMENT = {**RUN_ENVIRONMENT, **OWN_LOGGERS, "OMP_WAIT_POLICY": "PASSIVE", "DO_NOT_TRACK": "1"}
 #: Seconds that runs have to record that they were interrupted.
 _GRACE = 20.0
 _BOOT = "from flows.workers import _child; _child()"

@@ -66,8 +66,13 @@ def _workspace(experiment: str) -> Workspace:
     if experiment != _passed:
         check(workspace)
     workspace.objects.check_conditional()
-    logging.getLogger("qrpo").setLevel(logging.INFO)  # Prefect gives it handlers, and no level
+    listen()
     return workspace
+
+
+def listen() -> None:
+    """Let the project's own loggers say what they have to say: Prefect gives them handlers, and no level."""
+    logging.getLogger("qrpo").setLevel(logging.INFO)
 
 
 def make(workspace: Workspace, stage: str, recipe: Recipe, build: Callable[[], Manifest]) -> Stage:
