@@ -44,7 +44,8 @@ test: $(STAMP)  ## the test suite, a process a core
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not vllm and not service and not browser'
 
 test-all: $(STAMP)  ## that, and tests with vLLM (make vllm-env), a service with workers, PostgreSQL and Chromium
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not service and not browser'
+	$(BIN)/python -m pytest -m 'service or browser'
 
 test-fast: $(STAMP)  ## the tests that need neither the real model nor a server
 	$(BIN)/python -m pytest -m 'not slow and not vllm and not service and not browser'

@@ -34,6 +34,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.gc_thread import collect_in_a_thread
 from flows.seen_runs import SeenRuns
 from qrpo_core.die_with_parent import die_with_parent
 from qrpo_core.errors import ConfigError, QRPOError
@@ -291,7 +292,7 @@ def serve_on(listener: socket.socket, before: Callable[[], Awaitable[None]] | No
     from prefect.server.api.server import create_app
 
     gc.freeze()
-    gc.enable()
+    collect_in_a_thread()
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,16 @@ def align(wanted: Experiment) -> dict[str, Any]:
     return {stage.stage: stage for stage in flow(wanted)}
 
 
-def cached_task_runs() -> Counter[str]:
-    """Task runs by name that the server's own record calls Cached."""
+def cached_task_runs(since: datetime) -> Counter[str]:
+    """Task runs since then, by name, that the server's own record calls Cached."""
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import TaskRunSort
 
     async def read() -> Counter[str]:
         async with get_client() as client:
-            runs = await client.read_task_runs(limit=200)
-        return Counter(run.name.rsplit("-", 1)[0] for run in runs if run.state_name == "Cached")
+            runs = await client.read_task_runs(limit=200, sort=TaskRunSort.EXPECTED_START_TIME_DESC)
+        mine = [run for run in runs if run.expected_start_time and run.expected_start_time >= since]
+        return Counter(run.name.rsplit("-", 1)[0] for run in mine if run.state_name == "Cached")
 
     return asyncio.run(read())
 
@@ -116,11 +119,12 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     assert AutoTokenizer.from_pretrained(policy).chat_template
     assert "base_model" in (policy / "README.md").read_text()
 
+    before = datetime.now(UTC)
     again = align(wanted)
     assert all(stage.state == "Cached" and not stage.computed for stage in again.values())
     server.settle()
     coarse = {"prompts", "quantiles", "training set", "train", "evaluate", "report"}
-    assert sum(cached_task_runs().values()) == len(coarse)
+    assert sum(cached_task_runs(before).values()) == len(coarse)
     assert {"stages", "evaluation", "result"} <= artifact_keys()
 
     samples = stored_chain(workspace).first.row_steps[0]

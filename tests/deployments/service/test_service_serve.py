@@ -74,7 +74,9 @@ def test_every_command_works_with_the_variable_and_says_so_without(
     experiment = write_experiment()
     printed = guarded.run("flows.cli", "run", str(experiment), "--flow", "precompute")
     runs = guarded.ask("POST", "/flow_runs/filter")
-    assert [(r["name"], r["state"]["type"]) for r in runs] == [("precompute-small", "COMPLETED")]
+    assert [(r["name"].partition(" · ")[0], r["state"]["type"]) for r in runs] == [
+        ("precompute small", "COMPLETED")
+    ]
 
     from qrpo_core.experiments import load_experiment
 
