@@ -8,7 +8,7 @@ TRL_VENV := .venv-trl
 VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env demo arithmetic test test-all test-fast lint serve deploy workers bench bench-trl bench-vllm lock clean
+.PHONY: help install vllm-env demo arithmetic test test-all test-service test-fast lint serve deploy workers bench bench-trl bench-vllm lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,9 +43,12 @@ arithmetic: $(STAMP)  ## the second experiment: sums with a verifiable reward, t
 test: $(STAMP)  ## the test suite, a process a core
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not vllm and not service and not browser'
 
-test-all: $(STAMP)  ## that, and tests with vLLM (make vllm-env), a service with workers, PostgreSQL and Chromium
+test-all: $(STAMP)  ## that, and tests with vLLM (make vllm-env) and of the UI in Chromium
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not service and not browser'
-	$(BIN)/python -m pytest -m 'service or browser'
+	$(BIN)/python -m pytest -m browser
+
+test-service: $(STAMP)  ## a whole service: servers, workers, kills, restarts, PostgreSQL; about 20 minutes
+	$(BIN)/python -m pytest -m service
 
 test-fast: $(STAMP)  ## the tests that need neither the real model nor a server
 	$(BIN)/python -m pytest -m 'not slow and not vllm and not service and not browser'

@@ -53,7 +53,9 @@ class LocalObjects:
         yield from sorted(found, key=lambda entry: entry.key)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        return (entry.key for entry in self.entries(prefix))
+        with self._translated(prefix):
+            found = sorted(self._names(self._path(prefix), prefix.rstrip("/")))
+        yield from found
 
     def exists(self, key: str) -> bool:
         with self._translated(key):
@@ -141,6 +143,19 @@ class LocalObjects:
                 continue
             modified = datetime.fromtimestamp(status.st_mtime, UTC)
             yield Entry(path.relative_to(self.root).as_posix(), status.st_size, modified)
+
+    def _names(self, folder: str | Path, key: str) -> Iterator[str]:
+        """The keys below a folder. Looked through before every block: no object is asked for its size."""
+        try:
+            children = list(os.scandir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for child in children:
+            name = f"{key}/{child.name}" if key else child.name
+            if child.is_dir():
+                yield from self._names(child.path, name)
+            else:
+                yield name
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:

@@ -50,7 +50,7 @@ SPEAK_FOR_THEMSELVES = {
 }
 
 
-@pytest.mark.service
+@pytest.mark.slow
 def test_what_the_command_puts_on_the_server(server: PrefectServer, deployed: str) -> None:
     assert [line for line in deployed.splitlines() if line.startswith("Work pool")] == [
         "Work pool cpu created.",
@@ -81,7 +81,7 @@ def test_what_the_command_puts_on_the_server(server: PrefectServer, deployed: st
     assert ask(server, "POST", "/flow_runs/filter") == []  # nothing is scheduled
 
 
-@pytest.mark.service
+@pytest.mark.slow
 def test_a_second_time_changes_nothing(
     server: PrefectServer, deployed: str, deploy: Callable[[], str]
 ) -> None:
@@ -96,7 +96,7 @@ def test_a_second_time_changes_nothing(
     assert standing() == before
 
 
-@pytest.mark.service
+@pytest.mark.slow
 def test_a_pool_of_another_type_is_refused(server: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(server, "POST", "/work_pools/", name="elsewhere", type="docker")
     monkeypatch.setattr(module, "POOLS", {"elsewhere": ""})
@@ -104,7 +104,7 @@ def test_a_pool_of_another_type_is_refused(server: PrefectServer, monkeypatch: p
         create_pools(server.url)
 
 
-@pytest.mark.service
+@pytest.mark.slow
 def test_every_field_of_the_form_explains_itself(server: PrefectServer, deployed: str) -> None:
     found = ask(server, "GET", "/deployments/name/align/align")
     schema = found["parameter_openapi_schema"]
@@ -124,7 +124,7 @@ def test_every_field_of_the_form_explains_itself(server: PrefectServer, deployed
     assert definitions["SamplingConfig"]["properties"]["references_per_prompt"]["default"] == 8
 
 
-@pytest.mark.service
+@pytest.mark.slow
 def test_a_run_with_a_raised_budget_draws_the_difference(
     server: PrefectServer, workers: Path, settings: dict[str, Any]
 ) -> None:
@@ -145,7 +145,7 @@ def test_a_run_with_a_raised_budget_draws_the_difference(
     said(server, run, r" prompts +cached, 1 artifact reused \(")
 
 
-@pytest.mark.service
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
@@ -183,7 +183,7 @@ def test_a_wrong_value_is_told_in_the_state_and_writes_nothing(
     assert not Path(settings["store"]["path"]).exists()
 
 
-@pytest.mark.service
+@pytest.mark.slow
 def test_a_value_that_the_form_would_refuse_is_refused_by_the_server(
     server: PrefectServer, deployed: str, settings: dict[str, Any]
 ) -> None:
@@ -194,7 +194,7 @@ def test_a_value_that_the_form_would_refuse_is_refused_by_the_server(
     assert ask(server, "POST", "/flow_runs/count") == before
 
 
-@pytest.mark.service
+@pytest.mark.slow
 def test_a_worker_of_each_pool_is_online(server: PrefectServer, workers: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -208,7 +208,7 @@ def test_a_worker_of_each_pool_is_online(server: PrefectServer, workers: Path) -
     assert online == {"cpu": ["ONLINE"], "gpu": ["ONLINE"]}, workers.read_text()
 
 
-@pytest.mark.service
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the children of a process")
 def test_ctrl_c_ends_the_workers_and_the_record_says_that_of_their_run(
     server: PrefectServer, working: tuple[Any, Path], workers: Path, settings: dict[str, Any]
@@ -227,7 +227,7 @@ def test_ctrl_c_ends_the_workers_and_the_record_says_that_of_their_run(
     assert end(server, run, workers, seconds=5)["state"]["type"] == "CRASHED"
 
 
-@pytest.mark.service
+@pytest.mark.slow
 def test_preflight_is_once_a_run(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
 
