@@ -34,6 +34,8 @@ LIMITS: dict[str, int | None] = {"cpu": None, "gpu": 1}
 _ENVIRONMENT = {**RUN_ENVIRONMENT, **OWN_LOGGERS, "OMP_WAIT_POLICY": "PASSIVE", "DO_NOT_TRACK": "1"}
 #: Seconds that runs have to record that they were interrupted.
 _GRACE = 20.0
+#: Seconds after which the end of a worker is an accident; one that ends sooner would end again.
+_LIVED = 20.0
 _BOOT = "from flows.workers import _child; _child()"
 
 
@@ -42,25 +44,32 @@ class _Stop(Exception):
 
 
 def main(devices: Sequence[str] = ()) -> int:
-    """Run the workers until one of them ends or a signal comes. Returns the exit status.
+    """Run the workers until a signal comes, or one of them ends at its start. Returns the exit status.
 
     devices : for each worker of the pool gpu its CUDA_VISIBLE_DEVICES; none: one worker, which sees them all.
     """
     environment = {**_ENVIRONMENT, **os.environ, "PREFECT_API_URL": service_url()}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _raise_stop)
+    wanted: dict[str, tuple[str, dict[str, str]]] = {}
+    for pool in POOLS:
+        for device in (devices if pool == "gpu" else ()) or (None,):
+            seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+            wanted[pool if device is None else f"{pool} {device}"] = pool, environment | seen
     workers: dict[str, subprocess.Popen[bytes]] = {}
+    begun: dict[str, float] = {}
     try:
-        for pool in POOLS:
-            for device in (devices if pool == "gpu" else ()) or (None,):
-                seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-                name = pool if device is None else f"{pool} {device}"
-                workers[name] = _start(pool, environment | seen)
-        while all(worker.poll() is None for worker in workers.values()):
+        while True:
+            for name, (pool, its) in wanted.items():
+                if name in workers and (status := workers[name].poll()) is None:
+                    continue
+                if name in workers:
+                    print(f"error: worker {name} ended by itself, with the status {status}", file=sys.stderr)
+                    if time.monotonic() - begun[name] < _LIVED:
+                        return 1
+                # One that was killed does not take the others along; it is started again.
+                workers[name], begun[name] = _start(pool, its), time.monotonic()
             time.sleep(0.5)
-        ended = ", ".join(f"{name} ({w.returncode})" for name, w in workers.items() if w.poll() is not None)
-        print(f"error: ended by itself, with the status: {ended}", file=sys.stderr)
-        return 1
     except _Stop:
         return 0
     finally:
