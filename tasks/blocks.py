@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -22,6 +22,8 @@ from tasks.stages import Stage, make
 
 #: Computes the missing rows of a step, wherever; returns how many.
 Compute = Callable[[Workspace, BlockStep, Sequence[Run]], int]
+
+Ended = TypeVar("Ended")
 
 #: How often a flow run starts over because a damaged block was set aside, before it gives up.
 _MENDINGS = 3
@@ -40,7 +42,7 @@ def in_this_run(workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -
     """
     _pass_gate(workspace, step)
     wanted, computed = step.wanted, 0
-    with stage_progress(step.label, sum(run.count for run in missing)) as advance:
+    with stage_progress(step.label, rows_of(missing)) as advance:
         for number, plan in enumerate(_blocks(workspace.blocks, step.recipe, wanted), 1):
             name = f"{step.label}, block {number}"
             compute_block.with_options(task_run_name=name)(
@@ -48,6 +50,32 @@ def in_this_run(workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -
             )
             computed += plan.rows
     return computed
+
+
+def in_waves(
+    workspace: Workspace,
+    step: BlockStep,
+    missing: Sequence[Run],
+    wave: Callable[[Sequence[Run]], Ended],
+    judge: Callable[[Ended, int], None],
+) -> int:
+    """Have missing rows computed elsewhere until none is, as the store has it; returns how many there were.
+
+    wave : has these rows computed and says how those ended who were to do it.
+    judge : raises where another wave makes no sense; it is told how many in a row brought no row.
+    """
+    left, fruitless = missing, 0
+    while left:
+        ended = wave(left)
+        before, left = left, missing_rows(workspace, step)
+        fruitless = 0 if rows_of(left) < rows_of(before) else fruitless + 1
+        judge(ended, fruitless if left else 0)
+    return rows_of(missing)
+
+
+def rows_of(runs: Iterable[Run]) -> int:
+    """How many rows are in these runs of neighbours."""
+    return sum(run.count for run in runs)
 
 
 def fill(workspace: Workspace, step: BlockStep, compute: Compute = in_this_run) -> Stage:

@@ -28,7 +28,7 @@ from qrpo_core.steps import shares
 from qrpo_core.steps.blocks import BlockStep, RewardStep
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import Run
-from tasks.blocks import Compute, in_this_run, missing_rows
+from tasks.blocks import Compute, in_this_run, in_waves, missing_rows, rows_of
 from tasks.progress import announce_problem, stage_progress
 from tasks.ray_runner import OnRay
 
@@ -39,7 +39,14 @@ SAMPLE, ANNOTATE = "sample-share/sample-share", "annotate-share/annotate-share"
 _LOOK, _AWAY = 2.0, 900.0
 #: How often shares may be started anew although those before them brought nothing.
 _TRIES = 3
-_ENDED = "COMPLETED", "FAILED", "CRASHED", "CANCELLED"
+#: What is being cancelled commits no further block, and is never more than that if its worker is gone.
+_ENDED = {
+    StateType.COMPLETED,
+    StateType.FAILED,
+    StateType.CRASHED,
+    StateType.CANCELLED,
+    StateType.CANCELLING,
+}
 
 
 @contextmanager
@@ -70,25 +77,19 @@ class OnPool:
     pool: str
 
     def __call__(self, workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -> int:
-        started = sum(run.count for run in missing)
-        left, fruitless = missing, 0
-        while left:
+        def wave(left: Sequence[Run]) -> list[FlowRun]:
             # Those of a run that was killed go on: what they compute is not to be bought again.
             runs = self._running(step) or self._start(workspace.experiment, step, left)
-            if not runs:
-                in_this_run(workspace, step, left)
-                return started
-            before = left
-            ended = self._wait(workspace, step, left, runs)
-            left = missing_rows(workspace, step)
-            brought = sum(run.count for run in before) - sum(run.count for run in left)
-            fruitless = 0 if brought > 0 else fruitless + 1
-            _judge(ended, fruitless if left else 0)
-        return started
+            if runs:
+                return self._wait(workspace, step, left, runs)
+            in_this_run(workspace, step, left)
+            return []
+
+        return in_waves(workspace, step, missing, wave, _judge)
 
     def _running(self, step: BlockStep) -> list[UUID]:
         """Shares of this recipe that somebody has started and that have not ended."""
-        wanted = {"tags": {"all_": [_tag(step)]}, "state": {"type": {"not_any_": list(_ENDED)}}}
+        wanted = {"tags": {"all_": [_tag(step)]}, "state": {"type": {"not_any_": sorted(_ENDED)}}}
         with get_client(sync_client=True) as client:
             found = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
         if found:
@@ -141,7 +142,7 @@ class OnPool:
         self, workspace: Workspace, step: BlockStep, missing: Sequence[Run], runs: Sequence[UUID]
     ) -> list[FlowRun]:
         """Wait until the runs have ended, showing what the store gains; cancel them if this run is ended."""
-        total = left = sum(run.count for run in missing)
+        total = left = rows_of(missing)
         try:
             with (
                 stage_progress(step.label, total, machines=len(runs)) as advance,
@@ -149,10 +150,10 @@ class OnPool:
             ):
                 while True:
                     found = _patiently(lambda: [client.read_flow_run(run) for run in runs])
-                    now = sum(run.count for run in missing_rows(workspace, step))
+                    now = rows_of(missing_rows(workspace, step))
                     advance(max(0, left - now))
                     left = min(left, now)
-                    open_ = [run for run in found if run.state is None or not run.state.is_final()]
+                    open_ = [run for run in found if run.state is None or run.state.type not in _ENDED]
                     ended = [run for run in found if run not in open_]
                     if not open_:
                         return ended
@@ -171,7 +172,7 @@ def _judge(ended: Sequence[FlowRun], fruitless: int) -> None:
         if run.state is None or run.state.type == StateType.COMPLETED:
             continue
         told = f"{run.name}: {run.state.name}, {run.state.message or 'no message'}"
-        cancelled = run.state.type == StateType.CANCELLED
+        cancelled = run.state.type in (StateType.CANCELLED, StateType.CANCELLING)
         failed = run.state.type == StateType.FAILED and fruitless
         if cancelled or failed or fruitless >= _TRIES:
             raise QRPOError(
@@ -197,11 +198,9 @@ def _cancel(runs: Sequence[UUID]) -> None:
         for run in runs:
             try:
                 state = client.read_flow_run(run).state
-                if state is not None and not state.is_final():
+                if state is not None and state.type not in _ENDED:
                     client.set_flow_run_state(run, Cancelling())
-            except (
-                httpx.HTTPError
-            ):  # the server is gone, too: the runs go on, and the next run waits for them
+            except httpx.HTTPError:  # the server is gone, too: they go on, and the next run waits for them
                 return
 
 

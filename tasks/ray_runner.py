@@ -29,7 +29,7 @@ from qrpo_core.steps import shares
 from qrpo_core.steps.blocks import BlockStep
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import Run
-from tasks.blocks import fill, mended, missing_rows
+from tasks.blocks import fill, in_waves, mended, missing_rows, rows_of
 from tasks.progress import announce_problem, stage_progress
 from tasks.stages import workspace_of
 
@@ -71,14 +71,11 @@ class OnRay:
             self._connected_here = False
 
     def __call__(self, workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -> int:
-        started, left, fruitless = _count(missing), missing, 0
-        while left:
+        def wave(left: Sequence[Run]) -> list[Exception]:
             self._start(workspace.experiment)
-            lost = self._compute(workspace, step, left)
-            before, left = left, missing_rows(workspace, step)
-            fruitless = 0 if _count(left) < _count(before) else fruitless + 1
-            _judge(lost, fruitless if left else 0)
-        return started
+            return self._compute(workspace, step, left)
+
+        return in_waves(workspace, step, missing, wave, _judge)
 
     def _start(self, experiment: Experiment) -> None:
         """Have a process for every share, if there are none yet."""
@@ -101,11 +98,11 @@ class OnRay:
             process.compute.remote(experiment, share.model_dump_json(), context)
             for process, share in zip(self._processes, split, strict=False)
         ]
-        calls, left = list(open_), _count(missing)
+        calls, left = list(open_), rows_of(missing)
         with stage_progress(step.label, left, machines=len(calls)) as advance:
             while open_:
                 _, open_ = ray.wait(open_, num_returns=len(open_), timeout=_LOOK)
-                now = _count(missing_rows(workspace, step))
+                now = rows_of(missing_rows(workspace, step))
                 advance(max(0, left - now))
                 left = min(left, now)
         failures = [failure for call in calls if (failure := _failure(call)) is not None]
@@ -231,7 +228,3 @@ def _judge(failures: Sequence[Exception], fruitless: int) -> None:
             "the Ray cluster has computed the missing rows, and they are not in this run's store",
             remedy="use a store that every node reaches: S3, or a folder that they share, by its whole path",
         )
-
-
-def _count(runs: Sequence[Run]) -> int:
-    return sum(run.count for run in runs)

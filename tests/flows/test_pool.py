@@ -13,7 +13,7 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Running, Scheduled
 
 from flows.deploy import create_pools
 from flows.server import PrefectServer
@@ -137,6 +137,7 @@ def ended(state: State[Any], name: str = "share 1") -> FlowRun:
         (Failed(message="ConfigError: no"), 0, None),
         (Failed(message="ConfigError: no"), 1, "ConfigError: no"),
         (Cancelled(), 0, "Cancelled"),
+        (Cancelling(), 0, "Cancelling"),  # and its worker is gone: it would be that for ever
     ],
 )
 def test_when_shares_are_started_again(
