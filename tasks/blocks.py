@@ -44,10 +44,8 @@ def in_this_run(workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -
     wanted, computed = step.wanted, 0
     with stage_progress(step.label, rows_of(missing)) as advance:
         for number, plan in enumerate(_blocks(workspace.blocks, step.recipe, wanted), 1):
-            name = f"{step.label}, block {number}"
-            compute_block.with_options(task_run_name=name)(
-                quote(step), quote(plan), quote(workspace), advance
-            )
+            title = f"{step.label}, block {number}"
+            compute_block(title, quote(step), quote(plan), quote(workspace), advance)
             computed += plan.rows
     return computed
 
@@ -121,9 +119,9 @@ def mended(work: Callable[[], list[Stage]]) -> list[Stage]:
     return work()
 
 
-@task(name="block", cache_policy=NO_CACHE)
+@task(name="block", task_run_name="{title}", cache_policy=NO_CACHE)
 def compute_block(
-    step: BlockStep, plan: BlockPlan, workspace: Workspace, advance: Callable[[int], None]
+    title: str, step: BlockStep, plan: BlockPlan, workspace: Workspace, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Compute one block and commit it; the last step makes it real. Returns a small reference."""
     started = time.monotonic()

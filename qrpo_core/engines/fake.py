@@ -69,6 +69,7 @@ class FakeEngine:
         weights *= (1.0 - end_probability if ends else 1.0) / weights.sum(axis=1, keepdims=True)
         weights[:, ends] = end_probability / max(len(ends), 1)
         self._logprobs: Floats | None = np.log(weights)
+        self._running: dict[tuple[float, float], Floats] = {}
 
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, progress: Progress = no_progress
@@ -76,7 +77,9 @@ class FakeEngine:
         """One completion a request, in the order of the requests."""
         table = self._table()
         check_samples(requests, params, vocab_size=self._vocab_size, max_length=self._max_length)
-        running = _running_sums(table, params.temperature, params.top_p)
+        if (asked := (params.temperature, params.top_p)) not in self._running:
+            self._running = {asked: _running_sums(table, *asked)}
+        running = self._running[asked]
         drawn = []
         for request in requests:
             drawn.append(_draw(request, params, table, running))
@@ -111,6 +114,7 @@ class FakeEngine:
     def close(self) -> None:
         """Give the memory back; the engine is of no use afterwards."""
         self._logprobs = None
+        self._running = {}
 
     def _table(self) -> Floats:
         if self._logprobs is None:

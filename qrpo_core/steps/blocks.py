@@ -6,11 +6,12 @@ missing, how it is packed and when it is committed is the store's affair (`qrpo_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qrpo_core.config import Experiment, RewardConfig, recipe_fields
 from qrpo_core.engines.base import Engine, Progress, SampleRequest, SamplingParams, ScoreRequest
@@ -137,8 +138,8 @@ class SampleStep:
         settings = self.workspace.experiment.sampling
         chat = self.workspace.chat(self.policy.directory)
         engine = self.engine()
-        messages = _messages(self.prompts)
-        tokens = {run.key: chat.prompt_token_ids(messages[run.key]) for run in plan.runs}
+        rows = _rows(self.prompts, {run.key for run in plan.runs})
+        tokens = {key: chat.prompt_token_ids(row["messages"]) for key, row in rows.items()}
         requests = [
             SampleRequest(key, index, tokens[key], sample_seed(settings.seed, key, index))
             for key, index in plan.pairs()
@@ -191,8 +192,8 @@ class RewardStep:
 
     def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
         workspace = self.completions.workspace
-        rows = {row["prompt_id"]: row for row in self.completions.prompts.to_pylist()}
         pairs = [(key.partition(".")[0], index) for key, index in plan.pairs()]
+        rows = _rows(self.completions.prompts, {prompt for prompt, _ in pairs})
         requests = [
             RewardRequest(
                 prompt,
@@ -250,8 +251,8 @@ class LogprobStep:
             kind="transformers",  # the trainer's own numerics, whichever engine drew the rows
             precision=workspace.experiment.training.precision,
         )
-        messages = _messages(self.completions.prompts)
-        prompts = {run.key: chat.prompt_token_ids(messages[run.key]) for run in plan.runs}
+        rows = _rows(self.completions.prompts, {run.key for run in plan.runs})
+        prompts = {key: chat.prompt_token_ids(row["messages"]) for key, row in rows.items()}
         tokens = self.completions.read(pairs)["token_ids"].to_pylist()
         asked = [ScoreRequest(prompts[key], tuple(ids)) for (key, _), ids in zip(pairs, tokens, strict=True)]
         table = pa.table(
@@ -268,7 +269,7 @@ class LogprobStep:
         }
 
 
-def _messages(prompts: pa.Table) -> dict[str, list[dict[str, str]]]:
-    return dict(
-        zip(prompts.column("prompt_id").to_pylist(), prompts.column("messages").to_pylist(), strict=True)
-    )
+def _rows(prompts: pa.Table, ids: Set[str]) -> dict[str, dict[str, Any]]:
+    """The prompts with these ids, by id. A block holds few; Python objects of all take long to make."""
+    found = prompts.filter(pc.is_in(prompts["prompt_id"], pa.array(sorted(ids), pa.string())))
+    return {row["prompt_id"]: row for row in found.to_pylist()}

@@ -116,7 +116,9 @@ class Blocks:
 
     def plan(self, recipe: Recipe, wanted: Wanted, rows_per_block: int) -> list[BlockPlan]:
         """The missing rows of `wanted`, packed in its order into blocks of at most `rows_per_block`."""
-        return list(pack(recipe, missing_runs(wanted, self.committed(recipe)), rows_per_block))
+        committed = self.committed(recipe)
+        seen = frozenset(block.index for block in committed)
+        return list(pack(recipe, missing_runs(wanted, committed), rows_per_block, seen))
 
     def still_missing(self, plan: BlockPlan) -> BlockPlan | None:
         """The part of a plan that nobody has committed since; None if nothing is left.
@@ -125,10 +127,10 @@ class Blocks:
         """
         if self._index.find(plan) is not None:
             return None
-        left = tuple(subtract(Runs(plan.runs), self.committed(plan.recipe)))
+        left = tuple(subtract(Runs(plan.runs), self._index.stream(plan.recipe, besides=plan.seen)))
         if left == plan.runs:
             return plan
-        return BlockPlan(plan.recipe, left) if left else None
+        return BlockPlan(plan.recipe, left, plan.seen) if left else None
 
     def commit(
         self, plan: BlockPlan, table: pa.Table, schema: pa.Schema, seconds: float, **facts: Any

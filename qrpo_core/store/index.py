@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,12 +39,15 @@ class BlockIndex:
         """Every committed block of a recipe, by block id. A manifest that cannot be read is set aside."""
         return list(self.stream(recipe))
 
-    def stream(self, recipe: Recipe) -> Iterator[BlockManifest]:
-        """The same one by one as they arrive, for work that can begin before the last."""
+    def stream(self, recipe: Recipe, besides: Set[str] = frozenset()) -> Iterator[BlockManifest]:
+        """The same one by one as they arrive, for work that can begin before the last.
+
+        besides : object keys of manifests to leave out.
+        """
         listed = self.listed(recipe)
         unlisted = sorted(entry for entry in self._unlisted(recipe, listed) if self.objects.exists(entry))
         self._vouched.difference_update(listed)
-        yield from self._load_all(sorted([*listed, *unlisted]))
+        yield from self._load_all(sorted({*listed, *unlisted} - besides))
 
     def listed(self, recipe: Recipe) -> list[str]:
         """Object keys of a recipe's manifests, as the listing has them, sorted."""

@@ -7,7 +7,7 @@ prompt is checked against (`row_key`), so that a changed reference asks for new 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, repeat
 from sys import intern
@@ -77,10 +77,14 @@ class HasRuns(Protocol):
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Rows to compute and commit together. Its id follows from its rows: equal plans race for one block."""
+    """Rows to compute and commit together. Its id follows from its rows: equal plans race for one block.
+
+    seen : index entries of the blocks that were known when it was made: none has one of its rows.
+    """
 
     recipe: Recipe
     runs: tuple[Run, ...]
+    seen: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     @cached_property
     def id(self) -> str:
@@ -184,8 +188,10 @@ def _numbers(keys: tuple[str, ...], number: dict[str, int]) -> NDArray[np.int64]
     return np.fromiter(map(number.get, keys, repeat(-1)), np.int64, len(keys))
 
 
-def pack(recipe: Recipe, runs: Iterable[Run], rows_per_block: int) -> Iterator[BlockPlan]:
-    """Fill blocks with runs in order, splitting a run where a block is full."""
+def pack(
+    recipe: Recipe, runs: Iterable[Run], rows_per_block: int, seen: frozenset[str] = frozenset()
+) -> Iterator[BlockPlan]:
+    """Fill blocks with runs in order, splitting a run where a block is full. seen : as in `BlockPlan`."""
     block: list[Run] = []
     room = rows_per_block
     for run in runs:
@@ -195,7 +201,7 @@ def pack(recipe: Recipe, runs: Iterable[Run], rows_per_block: int) -> Iterator[B
             block.append(Run(run.key, first, take))
             first, left, room = first + take, left - take, room - take
             if not room:
-                yield BlockPlan(recipe, tuple(block))
+                yield BlockPlan(recipe, tuple(block), seen)
                 block, room = [], rows_per_block
     if block:
-        yield BlockPlan(recipe, tuple(block))
+        yield BlockPlan(recipe, tuple(block), seen)

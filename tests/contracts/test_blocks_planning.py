@@ -88,6 +88,19 @@ class TestPlanning:
         commit(theirs, left)
         assert mine.still_missing(large) is None
 
+    def test_what_was_known_when_a_plan_was_made_is_looked_through_no_more(self, objects: Objects) -> None:
+        mine, theirs = Blocks(objects), Blocks(objects)
+        fill(theirs, {"p": range(3)})
+        plan = mine.plan(RECIPE, FIVE, 8)[0]
+        assert plan.seen == {block.index for block in theirs.committed(RECIPE)}
+        assert plan.runs == (Run("q", 0, 2),)
+        new = commit(theirs, theirs.plan(RECIPE, {"q": range(1)}, 8)[0])
+        left = mine.still_missing(plan)
+        assert left is not None
+        assert left.runs == (Run("q", 1, 1),)
+        assert left.seen == plan.seen
+        assert new.index not in plan.seen
+
     def test_a_clock_that_jumps_back_decides_nothing(
         self, objects: Objects, monkeypatch: pytest.MonkeyPatch
     ) -> None:

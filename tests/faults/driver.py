@@ -140,16 +140,15 @@ class DirectBlock:
     def __init__(self, function: Callable[..., Any], watch: Watch) -> None:
         self._function, self._watch = function, watch
 
-    def with_options(self, **_: Any) -> DirectBlock:
-        return self
-
-    def __call__(self, step: Any, plan: Any, workspace: Any, advance: Callable[[int], None]) -> None:
+    def __call__(
+        self, title: str, step: Any, plan: Any, workspace: Any, advance: Callable[[int], None]
+    ) -> None:
         step, plan, workspace = (each.unwrap() for each in (step, plan, workspace))
         rows = {"step": plan.recipe.step, "rows": list(plan.pairs())}
         self._watch.stage = plan.recipe.step
         self._watch.at("begin")
         self._watch.note("begin", looked=self._watch.looked, **rows)
-        self._function(step, plan, workspace, advance)
+        self._function(title, step, plan, workspace, advance)
         self._watch.note("commit", **rows)
 
 
