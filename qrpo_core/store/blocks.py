@@ -127,7 +127,10 @@ class Blocks:
         """
         if self._index.find(plan) is not None:
             return None
-        left = tuple(subtract(Runs(plan.runs), self._index.stream(plan.recipe, besides=plan.seen)))
+        keys = {run.key for run in plan.runs}
+        new = self._index.stream(plan.recipe, besides=plan.seen)
+        rivals = (block for block in new if not keys.isdisjoint(block.runs.keys))
+        left = tuple(subtract(Runs(plan.runs), rivals))
         if left == plan.runs:
             return plan
         return BlockPlan(plan.recipe, left, plan.seen) if left else None
