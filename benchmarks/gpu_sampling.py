@@ -10,16 +10,14 @@ same; on a GPU the engine says that it is not exact, and the share of equal rows
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from _random_model import SHAPES, random_rows, write_random_model
-from _result import command_line, commit, hardware, publish
+from _random_model import SHAPES, chosen, gpu_options, random_rows, write_random_model
+from _result import about, publish
 
 from qrpo_core.engines.base import Completion, SampleRequest, SamplingParams
 from qrpo_core.engines.hf import TransformersEngine
@@ -67,36 +65,30 @@ def measure(folder: Path, asked: list[SampleRequest], new_tokens: int, sizes: li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=SHAPES, help="default: 1b on a GPU; without one, nothing is run")
+    parser = gpu_options(__doc__)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if options.model is None and not cuda:
-        print("no GPU: nothing was measured; --model tiny shows that this script runs")
-        return
-    name = options.model or "1b"
-    machine = hardware() | {"gpu": torch.cuda.get_device_name() if cuda else None}
-    asked = requests(name, options.prompts, options.samples)
+    arguments = parser.parse_args()
+    name, gpu = chosen(arguments.model)
+    head = about(
+        "sampling with the transformers engine",
+        gpu=gpu,
+        model=name,
+        versions={"transformers": transformers.__version__},
+    )
+    asked = requests(name, arguments.prompts, arguments.samples)
     with tempfile.TemporaryDirectory(prefix="qrpo-gpu-sampling-") as scratch:
         folder = write_random_model(name, Path(scratch) / "model")
-        found = measure(folder, asked, options.new_tokens, options.batch_sizes)
+        found = measure(folder, asked, arguments.new_tokens, arguments.batch_sizes)
     result = {
-        "benchmark": "sampling with the transformers engine",
-        "hardware": machine,
-        "versions": {"transformers": transformers.__version__},
-        "commit": commit(),
-        "command": command_line(),
-        "model": name,
+        **head,
         "rows": len(asked),
-        "new_tokens": options.new_tokens,
+        "new_tokens": arguments.new_tokens,
         **found,
     }
-    publish(result, options.output)
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

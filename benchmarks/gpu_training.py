@@ -13,7 +13,6 @@ gradients have no fixed order, so the largest differences are given.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 
 import torch
 import transformers
-from _random_model import SHAPES, random_rows, write_random_model
-from _result import command_line, commit, hardware, publish
+from _random_model import SHAPES, chosen, gpu_options, random_rows, write_random_model
+from _result import about, publish
 
 from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
 from qrpo_core.data.collator import Example
@@ -119,51 +118,42 @@ def resumed(items: list[Example], model: Path, folder: Path, settings: dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=SHAPES, help="default: 1b on a GPU; without one, nothing is run")
+    parser = gpu_options(__doc__)
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--micro-batch-tokens", type=int, default=16384)
     parser.add_argument("--resume", action="store_true", help="LoRA, cut and begun again, with dropout")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if options.model is None and not cuda:
-        print("no GPU: nothing was measured; --model tiny shows that this script runs")
-        return
-    name = options.model or "1b"
-    machine = hardware() | {"gpu": torch.cuda.get_device_name() if cuda else None}
+    arguments = parser.parse_args()
+    name, gpu = chosen(arguments.model)
+    head = about(
+        "training on a GPU", gpu=gpu, model=name, versions={"transformers": transformers.__version__}
+    )
     common = {
-        "batch_size": options.batch_size,
-        "epochs": options.epochs,
-        "micro_batch_tokens": options.micro_batch_tokens,
+        "batch_size": arguments.batch_size,
+        "epochs": arguments.epochs,
+        "micro_batch_tokens": arguments.micro_batch_tokens,
     }
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="qrpo-gpu-training-") as scratch:
         folder = Path(scratch)
         model = write_random_model(name, folder / "model")
-        items = examples(model, name, options.examples)
+        items = examples(model, name, arguments.examples)
         for number, (way, settings) in enumerate(WAYS.items()):
-            if cuda:
+            if gpu:
                 torch.cuda.reset_peak_memory_stats()
             found[way] = measured(
-                train(items, model, folder / str(number), common | settings), options.epochs
+                train(items, model, folder / str(number), common | settings), arguments.epochs
             )
-        if options.resume:
+        if arguments.resume:
             settings = common | WAYS["LoRA of rank 16"] | {"lora_dropout": 0.1}
             found["cut and begun again"] = resumed(items, model, folder, settings)
     result = {
-        "benchmark": "training on a GPU",
-        "hardware": machine,
-        "versions": {"transformers": transformers.__version__},
-        "commit": commit(),
-        "command": command_line(),
-        "model": name,
+        **head,
         "tokens_an_epoch": sum(len(item.prompt_token_ids) + len(item.token_ids) for item in items),
         **found,
     }
-    publish(result, options.output)
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

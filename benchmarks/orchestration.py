@@ -9,14 +9,13 @@ takes at most 60 s more, and 30 s after it the server has recorded how every tas
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from _result import ROOT, command_line, commit, hardware, publish
+from _result import ROOT, about, options, publish
 
 from flows.server import PrefectServer, prefect_server, quiet_console
 from qrpo_core.config import Experiment
@@ -110,21 +109,12 @@ def measure(blocks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--blocks", type=int, default=2000)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    result = {
-        "benchmark": "many blocks of no work",
-        "goals": {"orchestration_seconds": 60, "record_complete_after_seconds": 30},
-        "hardware": hardware(),
-        "commit": commit(),
-        "command": command_line(),
-        **measure(options.blocks),
-    }
-    publish(result, options.output)
+    arguments = parser.parse_args()
+    goals = {"orchestration_seconds": 60, "record_complete_after_seconds": 30}
+    head = about("many blocks of no work", goals=goals)
+    publish(head | measure(arguments.blocks), arguments.output)
 
 
 if __name__ == "__main__":

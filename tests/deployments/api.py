@@ -16,15 +16,23 @@ from qrpo_core.steps.chain import reference_steps
 from qrpo_core.steps.workspace import Workspace
 
 
-def ask(server: PrefectServer, method: str, path: str, **body: Any) -> Any:
-    """A request to the API; its answer, or an AssertionError with what the server said."""
+def request(url: str, method: str, path: str, body: dict[str, Any], **more: Any) -> Any:
+    """A request to the API under `url`; its answer, or an AssertionError with what the server said.
+
+    more : of httpx.request, such as `auth` and `headers`.
+    """
     for _ in range(20):
-        answer = httpx.request(method, f"{server.url}{path}", json=body or None, timeout=30)
+        answer = httpx.request(method, f"{url}{path}", json=body or None, timeout=30, **more)
         if answer.status_code != 503:  # "database is locked": Prefect's own client asks again, too
             break
         time.sleep(0.5)
     assert answer.is_success, answer.text
-    return answer.json()
+    return answer.json() if answer.content else None
+
+
+def ask(server: PrefectServer, method: str, path: str, **body: Any) -> Any:
+    """A request to the API of a server."""
+    return request(server.url, method, path, body)
 
 
 def start(server: PrefectServer, deployment: str, experiment: dict[str, Any], **more: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PrefectS
         yield server, home
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def long_model(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two-layer model with room for a question and its solution, a token a byte."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("long") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ def run(experiment: Experiment) -> dict[str, Any]:
     from flows.align import align
 
     return {stage.stage: stage for stage in align(experiment)}
-
-
-@pytest.fixture(scope="module")
-def long_model(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two-layer model with room for a question and its solution, a token a byte."""
-    folder = make_tiny_model(tmp_path_factory.mktemp("long") / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    return folder
 
 
 def graded(folder: Path) -> list[dict[str, Any]]:

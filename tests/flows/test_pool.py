@@ -19,6 +19,7 @@ from flows.deploy import create_pools
 from flows.server import PrefectServer
 from qrpo_core.errors import ConfigError, QRPOError
 from qrpo_core.experiments import parse_experiment
+from qrpo_core.steps.blocks import SampleStep
 from qrpo_core.steps.chain import reference_steps
 from qrpo_core.steps.workspace import Workspace
 from tasks import pool
@@ -91,18 +92,25 @@ def test_a_run_of_the_pool_itself_computes_the_rows(
     assert all("this run is itself on the work pool gpu" in line for line in problems)
 
 
+@flow
+def sample_share() -> None:
+    """Stands for the flow of that name: tests put its runs where they want them."""
+
+
+def raised(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> SampleStep:
+    """References computed and then asked for half as many more; the step to which they are missing."""
+    monkeypatch.setattr(pool, "_LOOK", 0.1)
+    precompute(settings, None)
+    settings["sampling"]["references_per_prompt"] = 6
+    return reference_steps(Workspace(parse_experiment(settings)))[0]
+
+
 def test_shares_of_a_run_that_was_killed_are_waited_for(
     server: PrefectServer, pools: None, settings: dict[str, Any], problems: list[str], monkeypatch: Any
 ) -> None:
     """A share that nobody waits for any longer computes the rows: they are not bought again."""
-    monkeypatch.setattr(pool, "_LOOK", 0.1)
-    precompute(settings, None)
-    settings["sampling"]["references_per_prompt"] = 6
-    step, _ = reference_steps(workspace := Workspace(parse_experiment(settings)))
-
-    @flow
-    def sample_share() -> None: ...
-
+    step = raised(settings, monkeypatch)
+    workspace = step.workspace
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(sample_share, state=Running(), tags=[f"share:{step.recipe.key}"]).id
 
@@ -155,14 +163,7 @@ def test_shares_that_nobody_takes_are_computed_here(
     server: PrefectServer, pools: None, settings: dict[str, Any], problems: list[str], monkeypatch: Any
 ) -> None:
     """The last worker went away before it took them."""
-    monkeypatch.setattr(pool, "_LOOK", 0.1)
-    precompute(settings, None)
-    settings["sampling"]["references_per_prompt"] = 6
-    step, _ = reference_steps(Workspace(parse_experiment(settings)))
-
-    @flow
-    def sample_share() -> None: ...
-
+    step = raised(settings, monkeypatch)
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(sample_share, state=Scheduled(), tags=[f"share:{step.recipe.key}"]).id
         assert set(precompute(settings, "gpu").values()) == {30}

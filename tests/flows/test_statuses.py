@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,6 @@ PROMPTS = 8
 
 #: A line of the report's table of what was left out: what, count, why.
 LEFT_OUT = re.compile(r'<th scope="row">([^<]*)</th><td class="count">([^<]*)</td><td>([^<]*)</td>')
-
-
-@pytest.fixture(scope="module")
-def long_model(make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two-layer model with room for a program, a token a byte."""
-    folder = make_tiny_model(tmp_path_factory.mktemp("long") / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    return folder
 
 
 def experiment(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import runpy
 import signal
@@ -22,60 +21,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
-from qrpo_core.data.collator import Example
 from qrpo_core.train.__main__ import main
 from qrpo_core.train.checkpoints import MARKER
-from qrpo_core.train.launch import HISTORY, launch, read_job, write_job
+from qrpo_core.train.launch import HISTORY, launch, read_job
 
 TIMED = {"tokens_per_second", "peak_memory_gb"}
 #: How a step is cut into passes depends on the processes, and with it what is padded.
 CUT = {"padding_share"}
-#: 11 examples, 4 a step, twice: the last step of an epoch has 3, of which one process gets one.
+#: 4 a step, twice: the last step of an epoch has 3, of which one process gets one.
+EXAMPLES = 11
 STEPS = 6
 
 Entries = list[dict[str, float]]
 Finished = tuple[Entries, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    """Forks processes that have imported everything: real ones, without 5 s of imports for each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qrpo_core.train.run", "peft", "torch.distributed.checkpoint"])
-    return context
-
-
-@pytest.fixture(scope="module")
-def make_job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A job directory; training settings by name."""
-    draw = np.random.default_rng(0)
-    items = [
-        Example(
-            draw.integers(0, 256, 3 + row % 4).tolist(),
-            draw.integers(0, 256, 2 + row % 7).tolist(),
-            target=float(draw.normal()),
-            beta=0.5,
-            ref_logprob=float(-10 - draw.random()),
-        )
-        for row in range(11)
-    ]
-
-    def make(**training: Any) -> Path:
-        folder = tmp_path_factory.mktemp("training")
-        settings = {"batch_size": 4, "epochs": 2, "learning_rate": 1e-3, "checkpoint_minutes": 0} | training
-        write_job(
-            items,
-            tiny_model,
-            folder / "policy",
-            folder / "job",
-            model=ModelConfig(path="tiny", dtype="float32"),
-            objective=ObjectiveConfig(beta=0.5),
-            training=TrainingConfig.model_validate(settings),
-        )
-        return folder / "job"
-
-    return make
 
 
 def start(server: ForkServerContext, job: Path, processes: int) -> list[BaseProcess]:

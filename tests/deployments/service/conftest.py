@@ -19,6 +19,8 @@ import pytest
 import yaml
 
 from flows.deploy import ROOT
+from tests.deployments.api import request
+from tests.flows.small import small
 
 #: A reward of the tests: the rows' own lengths, at a pace that the file beside it says.
 REWARD = """
@@ -112,15 +114,7 @@ class Service:
         if self.auth and method != "GET":
             token = self.ask("GET", "/csrf-token?client=test")["token"]
             headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
-        for _ in range(20):
-            answer = httpx.request(
-                method, f"{self.url}{path}", json=body or None, auth=self.auth, headers=headers, timeout=30
-            )
-            if answer.status_code != 503:  # "database is locked": Prefect's own client asks again, too
-                break
-            time.sleep(0.5)
-        assert answer.is_success, answer.text
-        return answer.json() if answer.content else None
+        return request(self.url, method, path, body, auth=self.auth, headers=headers)
 
     def begin(self, deployment: str, experiment: dict[str, Any], **more: Any) -> str:
         """Start a run of a deployment, as the button of the UI does; its id. more : further parameters."""
@@ -187,20 +181,7 @@ def write_experiment(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     """Writes a tiny experiment (20 prompts, the fake engine, a reward of the test) and returns the file."""
 
     def write(name: str = "small", **changed: Any) -> Path:
-        experiment = {
-            "name": name,
-            "model": {"path": str(tiny_model), "dtype": "float32"},
-            "prompts": {
-                "kind": "template",
-                "templates": ["Say {w}"],
-                "words": {"w": [f"item {number}" for number in range(20)]},
-                "size": 20,
-            },
-            "sampling": {"engine": "fake", "references_per_prompt": 4, "max_new_tokens": 12},
-            "reward": {"kind": "length", "max_words": 1},
-            "store": {"path": str(tmp_path / f"store-{name}")},
-            **changed,
-        }
+        experiment = {"name": name} | small(tiny_model, tmp_path / f"store-{name}") | changed
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(experiment))
         return path

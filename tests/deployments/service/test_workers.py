@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from flows.deploy import ROOT
+from flows.workers import _LIVED, _children
 from qrpo_core.config import Experiment
 from qrpo_core.experiments import load_experiment
 from qrpo_core.steps.chain import reference_steps, stored_chain
@@ -95,17 +97,19 @@ def slow(write_experiment: Callable[..., Path], name: str, seconds: float, **cha
     return path
 
 
-def test_two_workers_share_each_stage_and_one_that_is_killed_costs_nothing(
+def test_two_workers_share_each_stage_and_one_that_is_killed_costs_nothing_but_its_block(
     service: Any, workers: Any, write_experiment: Callable[..., Path]
 ) -> None:
-    path = slow(write_experiment, "shared", 0.1)
+    path = slow(write_experiment, "shared", 0.15)
+    begun = time.monotonic()
     run = begin(service, "precompute", path)
     experiment = load_experiment(path)
     service.said(run, "^  prompts ")
     workspace = Workspace(experiment)
     step = reference_steps(workspace)[0]
     deadline = time.monotonic() + 90
-    while len(workspace.blocks.committed(step.recipe)) < 4:
+    # `make workers` takes one that ends in its first seconds for one that would end again.
+    while len(workspace.blocks.committed(step.recipe)) < 4 or time.monotonic() < begun + _LIVED:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     first, second = shares(service, experiment)
@@ -114,7 +118,8 @@ def test_two_workers_share_each_stage_and_one_that_is_killed_costs_nothing(
         "sample references, share 2 of 2",
     ]
     victim = first if first["state_type"] == "RUNNING" else second
-    os.killpg(process_of(victim["id"]), signal.SIGKILL)
+    its_process = process_of(victim["id"])
+    os.kill(worker_of(its_process), signal.SIGKILL)
 
     state = service.end(run, 240)
     assert state[0] == "COMPLETED", (state, service.log("flows.workers").read_text())
@@ -124,6 +129,10 @@ def test_two_workers_share_each_stage_and_one_that_is_killed_costs_nothing(
     assert all(set(rows.values()) == {1} for rows in found.values())
     assert all(len(rows) == TRAINED_ON * REFERENCES for rows in found.values())
     assert service.state(victim["id"])[0] == "CRASHED"
+    assert not Path(f"/proc/{its_process}").exists()
+    told = service.log("flows.workers").read_text()
+    assert re.search(r"error: worker gpu . ended by itself, with the status -9", told)
+    assert len(_children(workers.pid)) == 3  # and it was started again
     service.said(run, "share . of 2 .* what it left is shared out again", seconds=10)
     made = Counter(share["parameters"]["share"]["stage"] for share in shares(service, experiment))
     assert made["sample references"] > 2  # those that came for the dead one
@@ -143,6 +152,11 @@ def process_of(run: str) -> int:
         ):
             return int(folder.name)
     raise AssertionError(f"no process of {run}")
+
+
+def worker_of(process: int) -> int:
+    """The worker that started the process of a run."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.parametrize(
