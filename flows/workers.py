@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,7 +32,13 @@ from qrpo_core.errors import QRPOError
 LIMITS: dict[str, int | None] = {"cpu": None, "gpu": 1}
 
 #: What a run of a worker has in its environment, unless ours says otherwise.
-_ENVIRONMENT = {**RUN_ENVIRONMENT, **OWN_LOGGERS, "OMP_WAIT_POLICY": "PASSIVE", "DO_NOT_TRACK": "1"}
+_ENVIRONMENT = {
+    **RUN_ENVIRONMENT,
+    **OWN_LOGGERS,
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_WORKER_QUERY_SECONDS": "2",  # default 10: each share of each stage would wait as long to begin
+}
 #: Seconds that runs have to record that they were interrupted.
 _GRACE = 20.0
 #: Seconds after which the end of a worker is an accident; one that ends sooner would end again.
@@ -68,7 +75,7 @@ def main(devices: Sequence[str] = ()) -> int:
                     if time.monotonic() - begun[name] < _LIVED:
                         return 1
                 # One that was killed does not take the others along; it is started again.
-                workers[name], begun[name] = _start(pool, its), time.monotonic()
+                workers[name], begun[name] = _start(name, pool, its), time.monotonic()
             time.sleep(0.5)
     except _Stop:
         return 0
@@ -76,8 +83,11 @@ def main(devices: Sequence[str] = ()) -> int:
         _end(list(workers.values()))
 
 
-def _start(pool: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    arguments = ["worker", "start", "--pool", pool, "--type", "process"]
+def _start(name: str, pool: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    # Under the name of the one before it, which the server would else count as online until its heartbeats
+    # are missed: shares are split among as many.
+    known_as = f"{socket.gethostname()}-{os.getpid()}-{name.replace(' ', '-')}"
+    arguments = ["worker", "start", "--name", known_as, "--pool", pool, "--type", "process"]
     if (limit := LIMITS[pool]) is not None:
         arguments += ["--limit", str(limit)]
     return subprocess.Popen(
