@@ -87,11 +87,11 @@ def _start(name: str, pool: str, environment: dict[str, str]) -> subprocess.Pope
     # Under the name of the one before it, which the server would else count as online until its heartbeats
     # are missed: shares are split among as many.
     known_as = f"{socket.gethostname()}-{os.getpid()}-{name.replace(' ', '-')}"
-    arguments = ["worker", "start", "--name", known_as, "--pool", pool, "--type", "process"]
+    arguments = ["worker", "start", "--pool", pool, "--type", "process"]
     if (limit := LIMITS[pool]) is not None:
         arguments += ["--limit", str(limit)]
     return subprocess.Popen(
-        [sys.executable, "-c", _BOOT, str(os.getpid()), *arguments],
+        [sys.executable, "-c", _BOOT, str(os.getpid()), *arguments, "--name", known_as],
         env=environment,
         cwd=ROOT,
         stdin=subprocess.DEVNULL,

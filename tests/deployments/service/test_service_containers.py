@@ -85,8 +85,11 @@ def test_a_file_starts_a_command_that_there_is(name: str, monkeypatch: pytest.Mo
         return
     started: list[list[str]] = []
     monkeypatch.setattr(workers.subprocess, "Popen", lambda command, **_: started.append(command))
-    workers._start(name.removeprefix("worker-"), {})
-    assert command == ["prefect", *started[0][4:]]  # what `make workers` starts, which other tests do
+    workers._start("gpu 0", name.removeprefix("worker-"), {})
+    *words, option, its_name = started[0][4:]
+    assert option == "--name"
+    assert its_name.endswith("-gpu-0")
+    assert command == ["prefect", *words]  # what `make workers` starts, which other tests do
     # Its runs have the settings that `make workers` gives to its own.
     words = " ".join(rest for keyword, rest in instructions(name) if keyword == "ENV").split()
     assert RUN_ENVIRONMENT.items() <= dict(word.split("=", 1) for word in words).items()
