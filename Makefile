@@ -43,8 +43,9 @@ arithmetic: $(STAMP)  ## the second experiment: sums with a verifiable reward, t
 test: $(STAMP)  ## the test suite, a process a core
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not vllm and not service and not browser'
 
-test-all: $(STAMP)  ## that, and tests with vLLM (make vllm-env) and of the UI in Chromium
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not service and not browser'
+# These take every core for themselves, so they come one after the other.
+test-all: test  ## that, and tests with vLLM (make vllm-env) and of the UI in Chromium
+	$(BIN)/python -m pytest -m vllm
 	$(BIN)/python -m pytest -m browser
 
 test-service: $(STAMP)  ## a whole service: servers, workers, kills, restarts, PostgreSQL; about 20 minutes
