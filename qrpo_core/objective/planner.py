@@ -233,7 +233,7 @@ def _fill(weighted: FloatArray, size: FloatArray, budget: int, cap: float) -> In
 
 def _posterior(counts: RankCounts, transform: RewardTransform, beta: float) -> tuple[FloatArray, FloatArray]:
     """For each sample: the posterior variance of f(R_q), and 4 P(1 - P) with P = P(R_q > q*)."""
-    from scipy.special import betainc, betaincinv
+    from scipy.special import betainc, betaincc, betaincinv
 
     _check_shared(transform)
     hits = counts.below + counts.equal
@@ -247,8 +247,10 @@ def _posterior(counts: RankCounts, transform: RewardTransform, beta: float) -> t
     values = transform.apply(np.clip(q, np.finfo(np.float64).tiny, 1.0 - 2.0**-53))
     mean = values @ (0.5 * weights)
     variance = (values - mean[:, None]) ** 2 @ (0.5 * weights)
-    below = np.asarray(betainc(alpha[:, 0], other[:, 0], threshold_quantile(transform, beta)))
-    near = 4.0 * below * (1.0 - below)
+    threshold = threshold_quantile(transform, beta)
+    # Not 1 - below, which is 0 from 1e-16 on: that prompt would get nothing where all others are full.
+    below, above = (np.asarray(tail(alpha[:, 0], other[:, 0], threshold)) for tail in (betainc, betaincc))
+    near = 4.0 * below * above
     return variance[inverse], near[inverse]
 
 
