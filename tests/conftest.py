@@ -224,3 +224,9 @@ def s3_store(s3_endpoint: str) -> StoreConfig:
 def local_store(tmp_path: Path) -> StoreConfig:
     """A store in a directory."""
     return StoreConfig(path=str(tmp_path / "store"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: processes that take a file each should not end with the longest."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
