@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One more than cores: many tests wait for servers, processes and clocks.
-WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 TRL_VENV := .venv-trl
 VLLM_VENV := .venv-vllm
 

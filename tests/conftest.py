@@ -6,8 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before anything imports torch or huggingface_hub, which read these once.
+# Before anything imports torch, huggingface_hub or Prefect, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Else Prefect starts a server of its own for a client that was told of none, and leaves it if that is killed.
+os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests share their cores with servers and each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core

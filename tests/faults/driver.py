@@ -220,7 +220,9 @@ def _run(job: Job, watch: Watch) -> None:
     patches: list[tuple[Any, str, Any]] = [
         (workspace, "open_objects", lambda config: WatchedObjects(opened(config), watch)),
         (precompute, "make", make),
+        (precompute, "publish_plan", lambda workspace: None),
         (precompute, "publish_stages", lambda stages: None),
+        (precompute, "tell", lambda *_: None),
         (rounds, "make", make),
         (blocks, "make", make),
         (blocks, "compute_block", DirectBlock(blocks.compute_block.fn, watch)),
