@@ -2,9 +2,10 @@
 
     python benchmarks/orchestration.py [--blocks 2000] [--output benchmarks/results/orchestration.json]
 
-The stage `sample references` of the demo with the fake engine and blocks of four rows, through the real flow
-`precompute` on a server of its own, into a fresh store; and the same blocks without Prefect. Goals: the flow
-takes at most 60 s more, and 30 s after it the server has recorded how every task ended.
+The stage `sample references` of the demo with the fake engine and blocks of four rows, as every flow runs it
+(`tasks.blocks.fill`), in a flow on a server of its own, into a fresh store; and the same blocks without
+Prefect. `--blocks` is about how many: each training prompt is one, and a hash decides which are for training.
+Goals: the flow takes at most 60 s more, and 30 s after it the server has recorded how every task ended.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`make workers`: a worker of each work pool on this machine, in the foreground, ended together.
 
 With several GPUs, `make workers DEVICES="0 1"` starts a worker of the pool gpu for each that is named.
+A worker that is killed is started again.
 
 Ctrl-C, SIGTERM or a closed terminal interrupts the runs in progress, which the server then shows as Crashed,
 and ends the workers; what the runs committed stays. A second Ctrl-C kills the workers. If this process is

@@ -39,7 +39,7 @@ SAMPLE, ANNOTATE = "sample-share/sample-share", "annotate-share/annotate-share"
 _LOOK, _AWAY = 2.0, 900.0
 #: How often shares may be started anew although those before them brought nothing.
 _TRIES = 3
-#: What is being cancelled commits no further block, and is never more than that if its worker is gone.
+#: Those that are not waited for. What is being cancelled is never more than that if its worker is gone.
 _ENDED = {
     StateType.COMPLETED,
     StateType.FAILED,

@@ -21,6 +21,7 @@ RUN useradd --create-home --uid 10001 qrpo && install -d -o qrpo /store
 USER 10001
 # As flows/workers.py sets it for its runs.
 ENV PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 PREFECT_CLIENT_MAX_RETRIES=8 OMP_WAIT_POLICY=PASSIVE DO_NOT_TRACK=1 \
-    PREFECT_LOGGING_EXTRA_LOGGERS=qrpo
+    PREFECT_LOGGING_EXTRA_LOGGERS=qrpo PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW=ignore \
+    PREFECT_WORKER_QUERY_SECONDS=2
 ENTRYPOINT []
 CMD ["prefect", "worker", "start", "--pool", "gpu", "--type", "process", "--limit", "1"]

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +30,7 @@ class LocalObjects:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self.url = str(self.root)
+        self._prefix = os.path.join(self.root, "")
 
     def read(self, key: str) -> bytes:
         with self._translated(key):
@@ -48,13 +49,17 @@ class LocalObjects:
             return self._link(key, lambda file: shutil.copyfileobj(content, file, 1 << 20))
 
     def entries(self, prefix: str) -> Iterator[Entry]:
+        found = []
         with self._translated(prefix):
-            found = list(self._walk(self._path(prefix)))
+            for key, file in self._walk(self._path(prefix)):
+                with suppress(FileNotFoundError):  # it went away meanwhile
+                    status = file.stat()
+                    found.append(Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC)))
         yield from sorted(found, key=lambda entry: entry.key)
 
     def keys(self, prefix: str) -> Iterator[str]:
         with self._translated(prefix):
-            found = sorted(self._names(self._path(prefix), prefix.rstrip("/")))
+            found = sorted(key for key, _ in self._walk(self._path(prefix)))
         yield from found
 
     def exists(self, key: str) -> bool:
@@ -126,36 +131,18 @@ class LocalObjects:
         finally:
             path.unlink(missing_ok=True)
 
-    def _walk(self, folder: Path) -> Iterator[Entry]:
-        """The files below a folder; one that goes away meanwhile is not among them."""
+    def _walk(self, folder: str | Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """The files below a folder, with their keys; none is asked for its size: keys are looked
+        through before every block."""
         try:
             children = list(os.scandir(folder))
         except (FileNotFoundError, NotADirectoryError):
             return
         for child in children:
-            path = Path(child.path)
             if child.is_dir():
-                yield from self._walk(path)
-                continue
-            try:
-                status = child.stat()
-            except FileNotFoundError:
-                continue
-            modified = datetime.fromtimestamp(status.st_mtime, UTC)
-            yield Entry(path.relative_to(self.root).as_posix(), status.st_size, modified)
-
-    def _names(self, folder: str | Path, key: str) -> Iterator[str]:
-        """The keys below a folder. Looked through before every block: no object is asked for its size."""
-        try:
-            children = list(os.scandir(folder))
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for child in children:
-            name = f"{key}/{child.name}" if key else child.name
-            if child.is_dir():
-                yield from self._names(child.path, name)
+                yield from self._walk(child.path)
             else:
-                yield name
+                yield child.path.removeprefix(self._prefix).replace(os.sep, "/"), child
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:

@@ -25,7 +25,7 @@ END = 7
 PARAMS = SamplingParams(temperature=0.8, top_p=0.9, max_new_tokens=4, stop_token_ids=(END, 8))
 REQUESTS = [SampleRequest(f"p{row}", 0, (1, 2, row), 2**63 + row) for row in range(12)]
 
-#: What happens to a request: a status, headers and a body; "reset", "slow"; None for a right answer.
+#: What happens to a request: a status, headers and a body; "reset", "slow", "held"; None for a right answer.
 Fault = tuple[int, dict[str, str], str] | str | None
 
 
@@ -44,6 +44,7 @@ class Server(ThreadingHTTPServer):
         self.seconds = 0.0
         self.change: Callable[[dict[str, Any]], None] = lambda choice: None
         self.lock = threading.Lock()
+        self.released = threading.Event()
 
     @property
     def url(self) -> str:
@@ -76,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             server.running -= 1
         if fault == "slow":
             time.sleep(1.5)
+        elif fault == "held":
+            server.released.wait(60)
         elif fault == "reset":
             self.connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
@@ -102,6 +105,7 @@ def server() -> Iterator[Server]:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running
+        running.released.set()
         running.shutdown()
         thread.join()
 
@@ -203,9 +207,11 @@ class TestRefused:
         assert "sk-very-secret" not in line + repr(caught.value)
 
     def test_the_first_error_ends_the_other_requests(self, server: Server) -> None:
-        server.faults = [(400, {}, "no"), *["slow"] * 30]
+        server.faults = [(400, {}, "no"), *["held"] * 30]
+        started = time.monotonic()
         with pytest.raises(EngineError, match="HTTP 400"):
             engine(server, concurrency=4).sample(REQUESTS, PARAMS)
+        assert time.monotonic() - started < 30  # nobody waits for the answers of the others
         assert len(server.asked) <= 4
 
     @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from prefect.settings import get_current_settings
 
 from flows import workers
 from flows.deploy import POOLS, ROOT
-from flows.serve import RUN_ENVIRONMENT
 
 FOLDER = ROOT / "deployments/containers"
 FILES = ("server", "worker-cpu", "worker-gpu")
@@ -92,7 +91,7 @@ def test_a_file_starts_a_command_that_there_is(name: str, monkeypatch: pytest.Mo
     assert command == ["prefect", *words]  # what `make workers` starts, which other tests do
     # Its runs have the settings that `make workers` gives to its own.
     words = " ".join(rest for keyword, rest in instructions(name) if keyword == "ENV").split()
-    assert RUN_ENVIRONMENT.items() <= dict(word.split("=", 1) for word in words).items()
+    assert workers._ENVIRONMENT.items() <= dict(word.split("=", 1) for word in words).items()
     known = get_current_settings().to_environment_variables(include_aliases=True)
     assert {word.split("=")[0] for word in words if word.startswith("PREFECT_")} <= set(known)
 
