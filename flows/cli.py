@@ -16,6 +16,7 @@ from pathlib import Path
 
 from flows import commands
 from qrpo_core.errors import QRPOError
+from tasks.interrupts import interrupted
 
 FLOWS = ("align", "precompute", "train", "evaluate", "top_up")
 
@@ -28,12 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except QRPOError as error:
         print(f"qrpo: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("qrpo: interrupted; what was committed stays, run again to go on", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # `qrpo plan | head`
         sys.stderr.close()
         sys.exit(0)
+    except (Exception, KeyboardInterrupt) as error:
+        if not interrupted(error):
+            raise
+        print("qrpo: interrupted; what was committed stays, run again to go on", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:

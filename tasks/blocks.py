@@ -17,6 +17,7 @@ from qrpo_core.steps.blocks import BlockStep
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import BlockPlan, Blocks, Run, Wanted, count_rows, missing_runs
 from qrpo_core.store.recipe import Recipe
+from tasks.interrupts import interrupts
 from tasks.progress import announce, announce_fact, announce_problem, stage_progress
 from tasks.stages import Stage, make
 
@@ -45,7 +46,8 @@ def in_this_run(workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -
     with stage_progress(step.label, rows_of(missing)) as advance:
         for number, plan in enumerate(_blocks(workspace.blocks, step.recipe, wanted), 1):
             title = f"{step.label}, block {number}"
-            compute_block(title, quote(step), quote(plan), quote(workspace), advance)
+            with interrupts():
+                compute_block(title, quote(step), quote(plan), quote(workspace), advance)
             computed += plan.rows
     return computed
 

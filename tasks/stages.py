@@ -22,6 +22,7 @@ from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
 from tasks.cache import coarse_task
+from tasks.interrupts import interrupts
 from tasks.progress import announce
 
 
@@ -79,7 +80,8 @@ def make(workspace: Workspace, stage: str, recipe: Recipe, build: Callable[[], M
     """A coarse stage: the recipe's artifact, built if the store does not have it."""
     started = time.monotonic()
     bound = coarse_task(_build, workspace.experiment.store, name=stage)
-    state = bound(recipe=recipe, store=workspace.experiment.store, build=quote(build), return_state=True)
+    with interrupts():
+        state = bound(recipe=recipe, store=workspace.experiment.store, build=quote(build), return_state=True)
     state.result()  # raises what the task raised
     cached = state.name == "Cached"
     result = Stage(stage, int(cached), int(not cached), state.name, time.monotonic() - started)

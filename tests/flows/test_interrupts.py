@@ -1,0 +1,98 @@
+"""Ctrl-C while Prefect itself is at work: an interrupt all the same."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import cli, commands
+from flows.server import PrefectServer
+from qrpo_core.experiments import parse_experiment
+from tasks.interrupts import interrupted, interrupts
+from tests.flows.small import small
+
+
+def made_of(error: BaseException, *, named: bool) -> ValueError:
+    """What comes of an error whose handling fails: a ValueError, raised from it or while it was handled."""
+    try:
+        try:
+            raise error
+        except BaseException as first:
+            if named:
+                raise ValueError("Task run is not set") from first
+            raise ValueError("Task run is not set")  # noqa: B904
+    except ValueError as found:
+        return found
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_interrupt_is_raised_as_one(named: bool) -> None:
+    lost = made_of(made_of(KeyboardInterrupt(), named=named), named=not named)
+    assert interrupted(lost)
+    with pytest.raises(KeyboardInterrupt) as found, interrupts():
+        raise lost
+    assert found.value.__cause__ is lost
+
+
+def test_another_error_stays_as_it_is() -> None:
+    other = made_of(OSError("no space"), named=False)
+    assert not interrupted(other)
+    with pytest.raises(ValueError, match="not set"), interrupts():
+        raise other
+
+
+def test_the_command_line_says_what_it_says_of_any_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: Any) -> int:
+        raise made_of(error, named=False)
+
+    monkeypatch.setattr(commands, "run", run)
+    error: BaseException = KeyboardInterrupt()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", "experiment.yaml"])
+    assert stopped.value.code == 130
+    printed = capsys.readouterr().err
+    assert printed == "qrpo: interrupted; what was committed stays, run again to go on\n"
+    error = OSError("no space")
+    with pytest.raises(ValueError, match="not set"):
+        cli.main(["run", "experiment.yaml"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 3], ids=["an artifact's task", "a block's task"])
+def test_while_prefect_creates_a_task_run(
+    server: PrefectServer,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at: int,
+) -> None:
+    from prefect import task_engine
+    from prefect.client.orchestration import get_client
+
+    from flows.precompute import precompute
+
+    create, numbers = task_engine._create_task_run_locally, count(1)
+
+    def create_interrupted(*arguments: Any, **named: Any) -> Any:
+        if next(numbers) == at:
+            signal.raise_signal(signal.SIGINT)
+        return create(*arguments, **named)
+
+    monkeypatch.setattr(task_engine, "_create_task_run_locally", create_interrupted)
+    asked = parse_experiment({"name": f"interrupted-{at}"} | small(tiny_model, tmp_path / "store"))
+    with pytest.raises(KeyboardInterrupt):
+        precompute(asked)
+    assert not [record for record in caplog.records if record.exc_info and record.levelno >= logging.INFO]
+    with get_client(sync_client=True) as client:
+        runs = client.request("POST", "/flow_runs/filter", json={"limit": 200}).json()
+    (state,) = [run["state_name"] for run in runs if f"interrupted-{at}" in run["name"]]
+    assert state == "Crashed"
+    assert {stage.state for stage in precompute(asked)} <= {"Completed", "Cached"}
