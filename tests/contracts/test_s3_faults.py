@@ -163,7 +163,7 @@ def test_what_goes_on_is_given_up_in_time(s3_store: StoreConfig, proxy: FaultPro
     objects = open_objects(s3_store.model_copy(update={"endpoint_url": proxy.url, "retry_seconds": 1.5}))
     proxy.inject(Fault("slow_down", times=1000))
     started = time.monotonic()
-    with pytest.raises(StoreError, match=r"503 SlowDown.* attempts in 1 s") as error:
+    with pytest.raises(StoreError, match=r"503 SlowDown.* attempts in \d+ s") as error:
         objects.read("there")
     assert time.monotonic() - started < 30
     assert not isinstance(error.value, MissingError | AccessError)

@@ -115,7 +115,9 @@ def test_shares_of_a_run_that_was_killed_are_waited_for(
         run = client.create_flow_run(sample_share, state=Running(), tags=[f"share:{step.recipe.key}"]).id
 
         def compute() -> None:
-            time.sleep(1)
+            deadline = time.monotonic() + 60
+            while not problems and time.monotonic() < deadline:  # until it is waited for
+                time.sleep(0.05)
             for plan in workspace.blocks.plan(step.recipe, step.wanted, 16):
                 workspace.blocks.commit(plan, step.compute(plan, lambda rows: None)[0], step.schema, 0.1)
             client.set_flow_run_state(run, Completed())
