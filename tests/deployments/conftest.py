@@ -17,13 +17,14 @@ from flows.deploy import ROOT
 from flows.server import PrefectServer, prefect_server
 from qrpo_core.experiments import load_experiment
 from tests.flows.small import small
+from tests.prefect_home import prefect_home
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
     """A real server on loopback with a database of its own; children find it by the environment."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.setenv("PREFECT_HOME", str(prefect_home(tmp_path_factory.mktemp("prefect"))))
         patch.delenv("PREFECT_API_URL", raising=False)
         patch.setenv("PREFECT_WORKER_QUERY_SECONDS", "1")  # default 10
         with prefect_server(PrefectServer().start()) as server:

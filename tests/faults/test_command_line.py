@@ -19,6 +19,7 @@ from qrpo_core.store.objects import open_objects
 from tests.faults.accounts import Row, contents
 from tests.faults.driver import INTERRUPTED
 from tests.faults.scene import Scene, Truth, settings
+from tests.prefect_home import prefect_home
 
 pytestmark = pytest.mark.slow
 
@@ -37,12 +38,12 @@ def slow_experiment(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
 class CommandLine:
     """`qrpo run --flow precompute` as a process, as if from a terminal."""
 
-    def __init__(self, folder: Path, experiment: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, experiment: dict[str, Any], home: Path) -> None:
         file = folder / "experiment.yaml"
         file.write_text(yaml.safe_dump(experiment))
         self.error = (folder / "error.txt").open("w+")
         command = [sys.executable, "-m", "flows.cli", "run", str(file), "--flow", "precompute"]
-        environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
+        environment = {**os.environ, "PREFECT_HOME": str(home)}
         environment.pop("PREFECT_API_URL", None)
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.error, stderr=self.error, start_new_session=True
@@ -78,8 +79,10 @@ def test_qrpo_run_survives_sigkill_and_ctrl_c(
     store = StoreConfig(path=str(tmp_path / "store"), rows_per_block=4)
     experiment = {**slow_experiment, "store": store.model_dump(mode="json")}
 
+    home = prefect_home(tmp_path / "prefect")
+
     def start() -> CommandLine:
-        running.append(CommandLine(tmp_path, experiment))
+        running.append(CommandLine(tmp_path, experiment, home))
         return running[-1]
 
     first = start()

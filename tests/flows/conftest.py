@@ -12,12 +12,13 @@ import pytest
 from prefect.settings import temporary_settings
 
 from flows.server import PrefectServer
+from tests.prefect_home import prefect_home
 
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PrefectServer, Path]]:
     """A real server on loopback with a database of its own, and its PREFECT_HOME."""
-    home = tmp_path_factory.mktemp("prefect")
+    home = prefect_home(tmp_path_factory.mktemp("prefect"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(home))
         patch.delenv("PREFECT_API_URL", raising=False)

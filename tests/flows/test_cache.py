@@ -24,6 +24,7 @@ from qrpo_core.store.artifacts import Artifacts
 from qrpo_core.store.objects import Objects, open_objects
 from qrpo_core.store.recipe import Recipe
 from tasks.cache import ArtifactPolicy, ArtifactRecords, coarse_task
+from tests.prefect_home import prefect_home
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ MANIFEST = f"{RECIPE.path}/manifest.json"
 @pytest.fixture(scope="module", autouse=True)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A server of the module's own, whatever the machine has configured."""
-    home = tmp_path_factory.mktemp("prefect")
+    home = prefect_home(tmp_path_factory.mktemp("prefect"))
     settings: Any = {"api.url": None, "results.local_storage_path": home / "storage"}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)
