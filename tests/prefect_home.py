@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import sqlite3
 import tempfile
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import prefect
 import pytest
-from filelock import FileLock
 
 from flows.server import PrefectServer
 from qrpo_core.store.artifacts import cache_directory
@@ -28,7 +28,8 @@ def _database() -> Path:
     root = cache_directory()
     root.mkdir(parents=True, exist_ok=True)
     kept = root / f"prefect-{prefect.__version__}.db"
-    with FileLock(f"{kept}.lock"):
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as home:
                 _make(Path(home)).replace(kept)
