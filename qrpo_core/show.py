@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qrpo_core.evaluation.summary import headline, normalisation, summary_rows
+from qrpo_core.evaluation.summary import normalisation, outcome, summary_rows
 from qrpo_core.plan import StagePlan
 from qrpo_core.steps.chain import stored_chain
 from qrpo_core.steps.evaluation import filtered, result_of
+from qrpo_core.steps.headlines import Finished, headlines
 from qrpo_core.steps.rounds import Made
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
@@ -66,7 +67,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def result_lines(workspace: Workspace) -> list[str]:
-    """The headline, the evaluation's table, the normalisation check, what was left out, and the paths."""
+    """The outcome, the headlines, the numbers, what was left out, and the paths."""
     made = results(workspace)
     result = result_of(made.evaluate)
     diagnostics: dict[str, Any] = made.train.facts["diagnostics"]
@@ -75,7 +76,12 @@ def result_lines(workspace: Workspace) -> list[str]:
     left += [(row["what"], f"{row['count']:,}", row["why"]) for row in filtered(made.prompts, made.rounds)]
     policy = workspace.artifacts.folder(made.train, "policy")
     paths = [f"Policy: {policy}", f"Report: {report_path(workspace)}"]
-    return [str(headline(result)), "", *table(rows), "", *table(left), "", *paths]
+    return [str(outcome(result)), *headline_lines(made), "", *table(rows), "", *table(left), "", *paths]
+
+
+def headline_lines(made: Results) -> list[str]:
+    """What stands under the first line of a result, each line whole."""
+    return [str(each) for each in headlines(Finished(made.prompts, made.rounds, result_of(made.evaluate)))]
 
 
 def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:

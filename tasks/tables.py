@@ -14,9 +14,9 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 
 from qrpo_core.config import Experiment
-from qrpo_core.evaluation.summary import headline, summary_rows
+from qrpo_core.evaluation.summary import outcome, summary_rows
 from qrpo_core.plan import plan
-from qrpo_core.show import Results, plan_lines, plan_row, results
+from qrpo_core.show import Results, headline_lines, plan_lines, plan_row, results
 from qrpo_core.steps.evaluation import result_of
 from qrpo_core.steps.workspace import Workspace
 from tasks.cost import Meter, counts_rows, experiment_of_run, meter
@@ -44,7 +44,7 @@ def publish_stages(stages: Sequence[Stage]) -> None:
 
 
 def publish_result(workspace: Workspace) -> None:
-    """The evaluation's table, and the result: headline, figures of the report, where policy and report are.
+    """The evaluation's table, and the result: headlines, figures of the report, where policy and report are.
 
     Shown once, by the run that was started: that of `align` has it, and not the `evaluate` in it.
     """
@@ -124,15 +124,16 @@ def _rate(stage: Stage) -> float | str:
 def _evaluation(workspace: Workspace) -> None:
     result = result_of(results(workspace).evaluate)
     rows = [{"": label, "value": value} for label, value in summary_rows(result)]
-    create_table_artifact(rows, key="evaluation", description=str(headline(result)))
+    create_table_artifact(rows, key="evaluation", description=str(outcome(result)))
 
 
 def _result(workspace: Workspace) -> None:
     made, name = results(workspace), workspace.experiment.name
     result = result_of(made.evaluate)
     report = workspace.artifacts.read(made.report, "report.html").decode("utf-8")
-    lines = [f"## {name}", str(headline(result)), " · ".join(facts(workspace.experiment))]
-    lines += [_table([("", ""), *summary_rows(result)]), *_figures(report), *_places(workspace, made)]
+    lines = [f"## {name}", str(outcome(result)), *headline_lines(made)]
+    lines += [" · ".join(facts(workspace.experiment)), _table([("", ""), *summary_rows(result)])]
+    lines += [*_figures(report), *_places(workspace, made)]
     create_markdown_artifact("\n\n".join(lines) + "\n", key="result", description=f"Result of {name}")
 
 

@@ -17,10 +17,11 @@ import pyarrow as pa
 from qrpo_core.errors import DataError
 from qrpo_core.evaluation import plots
 from qrpo_core.evaluation.examples import EXAMPLE_RULE, pick_examples
+from qrpo_core.evaluation.headlines import Headline
 from qrpo_core.evaluation.inputs import EvaluationInput, floats
 from qrpo_core.evaluation.metrics import EvaluationResult, PromptMeans, prompt_means
 from qrpo_core.evaluation.sections import example, filtered, interval_note, objective_rows, stages, tiles
-from qrpo_core.evaluation.summary import headline, summary_rows
+from qrpo_core.evaluation.summary import outcome, summary_rows
 from qrpo_core.records import TRAINING_SET, check_table
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ReportInput:
     experiment : the experiment as plain data, shown as YAML; its `name` is the title.
     evaluation : the comparison of `before` and `after` (schemas EVALUATED and EVALUATED_AFTER); the report
         refuses tables that it was not computed from.
+    headlines : what stands under the first line.
     training : prompt_id, sample_index, reward, quantile, target (reward units), log_ratio_target (nats),
         num_tokens; no rows where nothing was trained.
     diagnostics : of the training targets; known keys get a label, others are shown under their own name.
@@ -59,6 +61,7 @@ class ReportInput:
     before: pa.Table
     after: pa.Table
     training: pa.Table
+    headlines: Sequence[Headline] = ()
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[Mapping[str, Any]] = ()
@@ -91,7 +94,8 @@ def render_report(data: ReportInput) -> str:
     # The tables first: what is wrong with a row is said before anything is drawn.
     tables = {
         "name": str(data.experiment.get("name", "experiment")),
-        "headline": headline(data.evaluation),
+        "outcome": outcome(data.evaluation),
+        "headlines": data.headlines,
         "tiles": tiles(data.evaluation, data.diagnostics),
         "summary": summary_rows(data.evaluation),
         "kl_note": data.evaluation.kl.note,

@@ -7,7 +7,7 @@ from typing import Any
 
 from qrpo_core.errors import DataError
 from qrpo_core.evaluation.metrics import EvaluationResult
-from qrpo_core.evaluation.summary import headline, normalisation, number, percent, reward_decimals, spelled
+from qrpo_core.evaluation.summary import normalisation, number, outcome, percent, reward_decimals, spelled
 
 _DIAGNOSTICS = {
     "objective": "Objective",
@@ -47,7 +47,7 @@ _STAGE_COLUMNS = ("stage", "rows", "reused", "computed", "blocks", "seconds", "n
 def tiles(result: EvaluationResult, diagnostics: Mapping[str, Any]) -> list[dict[str, str]]:
     """The key numbers: label, value, what it means, and a verdict that colours it (empty for none)."""
     text = spelled(result)
-    verdict = headline(result).verdict
+    verdict = outcome(result).verdict
     cut_note = "at the length limit, before → after"
     interval = " ".join([text["level"], "interval", text["difference_interval"] or "needs two prompts"])
     ties = f"{text['win_rate_interval']}, {text['ties']} of pairs tie".lstrip(", ")

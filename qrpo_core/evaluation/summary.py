@@ -24,7 +24,7 @@ NORMALISATION_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
-class Headline:
+class Outcome:
     """The result in one sentence and, where one is needed, a second that says what it does not show."""
 
     verdict: Verdict
@@ -161,7 +161,7 @@ def _judge_rows(name: str, judge: JudgeResult, level: str) -> list[tuple[str, st
     ]
 
 
-def headline(result: EvaluationResult) -> Headline:
+def outcome(result: EvaluationResult) -> Outcome:
     """The result in a sentence that says plainly when nothing is shown or the policy got worse."""
     text, difference = spelled(result), result.difference
     prompts = f"{text['prompts']} held-out prompt" + ("s" if result.prompts != 1 else "")
@@ -169,21 +169,21 @@ def headline(result: EvaluationResult) -> Headline:
     caution = _few_or_failed(result)
     if difference.low is None or difference.high is None:
         sentence = f"Mean reward went {rewards} on {prompts}, a difference of {text['difference']}."
-        return Headline("unclear", sentence, caution)
+        return Outcome("unclear", sentence, caution)
     by = f"{text['difference']} ({text['level']} interval {text['difference_interval']})"
     if result.unchanged == result.prompts:
         sentence = f"Mean reward did not change on any of {prompts}: {text['before']} before and after."
-        return Headline("unclear", sentence, caution)
+        return Outcome("unclear", sentence, caution)
     if difference.low > 0:
         sentence = f"Mean reward rose {rewards} on {prompts}: {by}."
-        return Headline("good", sentence, caution)
+        return Outcome("good", sentence, caution)
     if difference.high < 0:
         sentence = f"Mean reward fell {rewards} on {prompts}: {by}."
         caution = f"By this reward the trained policy is worse than the reference. {caution}".strip()
-        return Headline("bad", sentence, caution)
+        return Outcome("bad", sentence, caution)
     negative = ", and what there is is negative" if difference.value < 0 else ""
     caution = f"The interval includes zero: no change is shown{negative}. {caution}".strip()
-    return Headline("unclear", f"Mean reward went {rewards} on {prompts}: {by}.", caution)
+    return Outcome("unclear", f"Mean reward went {rewards} on {prompts}: {by}.", caution)
 
 
 def _few_or_failed(result: EvaluationResult) -> str:

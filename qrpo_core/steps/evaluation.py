@@ -17,6 +17,7 @@ from qrpo_core.evaluation.inputs import EVALUATED, EVALUATED_AFTER, EvaluationIn
 from qrpo_core.evaluation.metrics import EvaluationResult, evaluate_policies
 from qrpo_core.records import COMPLETIONS, LOGPROBS
 from qrpo_core.steps.blocks import BlockStep, RewardStep
+from qrpo_core.steps.headlines import Finished, headlines
 from qrpo_core.steps.tables import load, to_bytes
 from qrpo_core.steps.targets import TrainingData, derive
 from qrpo_core.steps.workspace import Built, Workspace
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from qrpo_core.steps.rounds import Made, Round
 
 VERSION = 2
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 
 
 def recipe(workspace: Workspace, inputs: Mapping[str, Recipe]) -> Recipe:
@@ -104,19 +105,21 @@ def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Ma
         after = load(workspace, evaluated, "after.parquet", EVALUATED_AFTER)
         data = derive(workspace, rounds[-1][1].training_set)
         steps = [*chain.before, *end.after, *end.divergence]
+        result, made = result_of(evaluated), [each for _, each in rounds]
         report = ReportInput(
             experiment=workspace.experiment.model_dump(mode="json"),
-            evaluation=result_of(evaluated),
+            evaluation=result,
             before=before,
             after=after,
             training=_training_rows(data),
+            headlines=headlines(Finished(found, made, result)),
             diagnostics=data.diagnostics,
-            history=_history(workspace, [made.train for _, made in rounds]),
+            history=_history(workspace, [each.train for each in made]),
             stages=[
-                *(row for each, made in rounds for row in _round_costs(workspace, each, made)),
+                *(row for pair in rounds for row in _round_costs(workspace, *pair)),
                 *(cost(workspace, step) for step in steps),
             ],
-            filtered=filtered(found, [made for _, made in rounds]),
+            filtered=filtered(found, made),
             lineage=_lineage(found, rounds, evaluated, steps),
             examples=pick_examples(before, after, chain.table),
         )

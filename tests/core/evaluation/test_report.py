@@ -14,9 +14,10 @@ import yaml
 
 from qrpo_core.config import EvaluationConfig
 from qrpo_core.errors import DataError
+from qrpo_core.evaluation.headlines import Headline, in_order
 from qrpo_core.evaluation.metrics import EvaluationInput, evaluate_policies
 from qrpo_core.evaluation.report import TRAINING_ROWS, ReportInput, render_report, report_figures
-from qrpo_core.evaluation.summary import headline, summary_rows
+from qrpo_core.evaluation.summary import outcome, summary_rows
 
 EVIL = "</div><script>alert('x')</script><img src=https://evil.example/a.png onerror=alert(1)> {{ 7 * 7 }}"
 
@@ -111,8 +112,23 @@ def test_every_number_of_the_table_is_in_the_page_as_spelled(full, page):
     for label, value in summary_rows(full.evaluation):
         assert label in shown
         assert value in shown
-    assert headline(full.evaluation).sentence in shown
-    assert shown.index("QRPO report: demo") < shown.index(headline(full.evaluation).sentence)
+    assert outcome(full.evaluation).sentence in shown
+    assert shown.index("QRPO report: demo") < shown.index(outcome(full.evaluation).sentence)
+
+
+def test_headlines_stand_between_the_result_and_the_numbers(full):
+    given = in_order([Headline("note", "Trained on 3 <pairs>."), Headline("warning", "Cut: 100 %.")])
+    shown = Tags(render_report(dataclasses.replace(full, headlines=given))).shown
+    places = [
+        shown.index(text)
+        for text in (
+            outcome(full.evaluation).sentence,
+            "Warning: Cut: 100 %.",
+            "Trained on 3 <pairs>.",
+            "Difference in mean reward",
+        )
+    ]
+    assert places == sorted(places)
 
 
 def test_sections_come_in_order(page):

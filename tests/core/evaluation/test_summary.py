@@ -11,9 +11,9 @@ from qrpo_core.errors import DataError
 from qrpo_core.evaluation.metrics import Estimate
 from qrpo_core.evaluation.summary import (
     decimals_for,
-    headline,
     normalisation,
     number,
+    outcome,
     percent,
     spelled,
     summary_rows,
@@ -72,7 +72,7 @@ def test_rows_spell_each_number_once(result):
     assert rows["Prompts left out"] == "0 of 40"
     assert rows["Held-out prompts compared"] == "40, 3 completions each a side"
     for part in (text["before"], text["after"], text["difference"], text["difference_interval"]):
-        assert part in str(headline(result))
+        assert part in str(outcome(result))
     # Two significant digits of the half width, the same decimals in all three rewards.
     places = {len(text[name].partition(".")[2]) for name in ("before", "after", "difference")}
     assert len(places) == 1
@@ -105,26 +105,26 @@ def _with_difference(result, value, low, high):
         (0.0, 0.4, "unclear", "went", "includes zero"),
     ],
 )
-def test_headline_follows_the_interval(result, low, high, verdict, verb, caution):
-    found = headline(_with_difference(result, (low + high) / 2, low, high))
+def test_outcome_follows_the_interval(result, low, high, verdict, verb, caution):
+    found = outcome(_with_difference(result, (low + high) / 2, low, high))
     assert found.verdict == verdict
     assert f"Mean reward {verb} from" in found.sentence
     assert caution in found.caution
     assert bool(found.caution) == bool(caution)
 
 
-def test_headline_warns_of_few_prompts_and_of_failures(evaluated, random_rewards):
-    few = headline(evaluated(random_rewards(1, 8, 2), random_rewards(2, 8, 2, shift=5.0)))
+def test_outcome_warns_of_few_prompts_and_of_failures(evaluated, random_rewards):
+    few = outcome(evaluated(random_rewards(1, 8, 2), random_rewards(2, 8, 2, shift=5.0)))
     assert few.verdict == "good"
     assert "fewer than 20 prompts" in few.caution
     rewards = random_rewards(1, 30, 2)
     rewards["p0001"][0] = None
-    failed = headline(evaluated(rewards, random_rewards(2, 30, 2, shift=5.0)))
+    failed = outcome(evaluated(rewards, random_rewards(2, 30, 2, shift=5.0)))
     assert "1 of 60 completions before have no reward" in failed.caution
 
 
-def test_headline_of_one_prompt(evaluated):
-    found = headline(evaluated({"a": [0.5, None]}, {"a": [0.25, 0.25]}))
+def test_outcome_of_one_prompt(evaluated):
+    found = outcome(evaluated({"a": [0.5, None]}, {"a": [0.25, 0.25]}))
     assert found.verdict == "unclear"
     assert (
         found.sentence == "Mean reward went from 0.500 to 0.250 on 1 held-out prompt, a difference of -0.250."
@@ -133,9 +133,9 @@ def test_headline_of_one_prompt(evaluated):
     assert "1 of 2 completions before have no reward" in found.caution
 
 
-def test_headline_of_no_change(evaluated):
+def test_outcome_of_no_change(evaluated):
     same = {f"p{i}": [0.5, 0.5] for i in range(25)}
-    found = headline(evaluated(same, same))
+    found = outcome(evaluated(same, same))
     assert found.verdict == "unclear"
     assert (
         found.sentence == "Mean reward did not change on any of 25 held-out prompts: 0.500 before and after."
