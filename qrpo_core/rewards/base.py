@@ -27,6 +27,8 @@ class RewardRequest:
     messages : the prompt, as (role, content) pairs.
     text : the completion, undecorated.
     reference : JSON that the verifier checks against, or None.
+    opening : what the chat template wrote at the beginning of the assistant's turn, before `text`, such as
+        the mark that opens the thinking.
     """
 
     prompt_id: str
@@ -34,6 +36,7 @@ class RewardRequest:
     messages: tuple[tuple[str, str], ...]
     text: str
     reference: str | None
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True)

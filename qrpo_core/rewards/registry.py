@@ -9,6 +9,7 @@ from typing import Any
 from qrpo_core.errors import ConfigError
 from qrpo_core.rewards.base import CheckedReward, Reward
 from qrpo_core.rewards.config import RewardConfig, reward_fields
+from qrpo_core.rewards.thinking import AnswerOnly
 
 #: The version of each scorer of ours, raised by hand when it would score any row differently. What all of
 #: them share (reading of numbers, extraction, limits) counts as a change of every scorer that uses it.
@@ -35,7 +36,9 @@ LIBRARIES = {
 
 
 def make_reward(config: RewardConfig) -> Reward:
-    """The reward of a configuration. Its library is imported at the first row, not here.
+    """The reward of a configuration: it grades what follows the thinking, unless `thinking` is null.
+
+    Its library is imported at the first row, not here.
 
     Raises ConfigError if that library is not installed.
     """
@@ -111,7 +114,10 @@ def _version(distribution: str, kind: str) -> str:
 def _build(config: RewardConfig) -> CheckedReward:
     for name in LIBRARIES.get(config.kind, ()):
         _version(name, config.kind)
-    return _BUILDERS[config.kind](config)
+    reward = _BUILDERS[config.kind](config)
+    if config.kind == "weighted" or config.thinking is None:  # each term of a sum has marks of its own
+        return reward
+    return AnswerOnly(reward, config.thinking)
 
 
 def _number(config: RewardConfig) -> CheckedReward:
