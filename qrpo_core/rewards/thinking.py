@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from qrpo_core.engines.base import Progress, no_progress
-from qrpo_core.rewards.base import CheckedReward, RewardRequest, Score
+from qrpo_core.rewards.base import CheckedReward, ReferenceProblem, RewardRequest, Score
 from qrpo_core.rewards.config import ThinkingMarks
 
 #: The detail of a row that was scored although its thinking never ended.
@@ -53,9 +53,9 @@ class AnswerOnly:
         """Whether the inner reward needs one."""
         return self._reward.needs_reference
 
-    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
-        """What the inner reward refuses (DataError)."""
-        self._reward.check(references)
+    def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
+        """What the inner reward refuses."""
+        return self._reward.problems(references)
 
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests."""
