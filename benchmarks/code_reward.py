@@ -54,7 +54,7 @@ def measure(rows: list[RewardRequest], form: Any, arguments: argparse.Namespace)
     )
     references = [row.reference or "" for row in rows]
     tests = sum(len(read_problem(reference, form).tests) for reference in references)
-    reward.check([])  # the sandbox is tried once a run
+    reward.problems([])  # the sandbox is tried once a run
     start = time.perf_counter()
     scores = reward.score(rows)
     seconds = time.perf_counter() - start

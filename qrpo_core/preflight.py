@@ -5,7 +5,7 @@ from __future__ import annotations
 from qrpo_core.config import Experiment
 from qrpo_core.engines.registry import require
 from qrpo_core.errors import ConfigError, DataError
-from qrpo_core.rewards.registry import check_references
+from qrpo_core.rewards.registry import refuse_references
 from qrpo_core.steps import policies, prompts
 from qrpo_core.steps.ranked import fewest_references
 from qrpo_core.steps.workspace import Workspace
@@ -26,13 +26,13 @@ def check(workspace: Workspace) -> None:
     found = prompts.find(workspace, prompts.recipe(workspace))
     columns = (found.prompts[name].to_pylist() for name in ("source", "reference"))
     references = list(zip(*columns, strict=True))
-    check_references(workspace.experiment.reward, references)
+    refuse_references(workspace.experiment.reward, references)
     if workspace.experiment.evaluation.judges:
         held_out = prompts.of_split(found.prompts, "held_out")
         columns = (held_out[name].to_pylist() for name in ("source", "reference"))
         references = list(zip(*columns, strict=True))
         for judge in workspace.experiment.evaluation.judges.values():
-            check_references(judge, references)
+            refuse_references(judge, references)
     if found.offline is not None:
         train = set(prompts.of_split(found.prompts, "train")["prompt_id"].to_pylist())
         if train.isdisjoint(found.offline["prompt_id"].to_pylist()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ class Chat:
             if self._adds_bos and ids[:1] != [self._bos]:
                 ids = [self._bos, *ids]
         return tuple(ids)
+
+    def turn_opening(self, messages: Messages) -> str:
+        """What the template itself writes at the beginning of the assistant's turn, behind the prompt."""
+        closed, opened = self._render(messages, opening=False), self._render(messages, opening=True)
+        return opened[len(os.path.commonprefix([closed, opened])) :]  # noqa: RUF071 (characters are meant)
 
     def bos_count(self, token_ids: Sequence[int]) -> int:
         """How many BOS tokens a prompt holds; 0 where the model has none."""

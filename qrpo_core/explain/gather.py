@@ -15,7 +15,15 @@ import pyarrow.compute as pc
 
 from qrpo_core.errors import MissingError
 from qrpo_core.explain.query import find_prompt, parse_query
-from qrpo_core.explain.rows import blocks_of, drawn_rows, every_reward, ranges, read_present, reward_rows
+from qrpo_core.explain.rows import (
+    blocks_of,
+    drawn_rows,
+    every_reward,
+    graded_part,
+    ranges,
+    read_present,
+    reward_rows,
+)
 from qrpo_core.explain.standing import Standing, standing
 from qrpo_core.inventory.uses import chain_of, known_prompts
 from qrpo_core.records import LOGPROBS
@@ -167,6 +175,7 @@ def _completion(chain: Chain, draws: Draws, index: int) -> Row:
         found = read_present(workspace.blocks, step.recipe, prompt, (index,), LOGPROBS).get(index)
         logprobs.append({"step": step.label, "logprob": None if found is None else found["logprob"]})
     section: Row = {"name": draws.name, "policy": draws.policy, "completion": drawn, "reward": reward}
+    section["graded"] = graded_part(draws.rewards, drawn, reward)
     section |= {"every_reward": every_reward(draws.completions, draws.rewards, prompt, index)}
     section |= {"logprobs": logprobs}
     if isinstance(draws.completions, OfflineCompletions):

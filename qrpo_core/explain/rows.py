@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from qrpo_core.records import COMPLETIONS, REWARDS
+from qrpo_core.rewards.thinking import UNFINISHED, answer_after
 from qrpo_core.steps.blocks import RewardStep, SampleStep
 from qrpo_core.steps.completions import Completions, OfflineCompletions
 from qrpo_core.steps.quantiles import Rewards
@@ -66,6 +67,19 @@ def reward_rows(rewards: Rewards, prompt: Row, wanted: Sequence[int]) -> dict[in
         return read_present(blocks, rewards.recipe, key, wanted, REWARDS)
     rows = rewards.read().to_pylist()
     return {row["sample_index"]: row for row in rows if row["sample_index"] in wanted}
+
+
+def graded_part(rewards: Rewards, drawn: Row | None, reward: Row | None) -> str | None:
+    """What the experiment's reward sees of a completion, where that is not all of it.
+
+    That a template opened the thinking is read from the reward's detail: the tokenizer is not loaded.
+    """
+    if drawn is None or not isinstance(rewards, RewardStep) or rewards.config.thinking is None:
+        return None
+    if reward is not None and reward["detail"] == UNFINISHED:
+        return ""
+    answer = answer_after(drawn["text"], rewards.config.thinking) or ""
+    return None if answer == drawn["text"] else answer
 
 
 def every_reward(completions: Completions, rewards: Rewards, prompt: str, index: int) -> list[Row]:

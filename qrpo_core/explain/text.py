@@ -109,6 +109,8 @@ def _drawn(row: Row | None) -> Iterator[tuple[str, str]]:
 
 def _scored(section: Row) -> Iterator[tuple[str, str]]:
     row = section["reward"]
+    if section.get("graded") is not None:
+        yield "graded part", repr(section["graded"])
     if row is not None:
         yield "reward", _reward(row)
     for each in section["every_reward"]:

@@ -16,6 +16,12 @@ from qrpo_core.errors import DataError
 
 Status = Literal["ok", "timeout", "sandbox_error", "parse_error", "too_long", "endpoint_error"]
 
+#: What is said of a row without a reference, and the remedy.
+_MISSING = (
+    "no reference to score against",
+    "name the column in prompts.reference_field, or choose a reward that needs none",
+)
+
 #: Longest detail that a score carries; an exception may quote the whole completion.
 DETAIL_LENGTH = 300
 
@@ -27,6 +33,8 @@ class RewardRequest:
     messages : the prompt, as (role, content) pairs.
     text : the completion, undecorated.
     reference : JSON that the verifier checks against, or None.
+    opening : what the chat template wrote at the beginning of the assistant's turn, before `text`, such as
+        the mark that opens the thinking.
     """
 
     prompt_id: str
@@ -34,6 +42,7 @@ class RewardRequest:
     messages: tuple[tuple[str, str], ...]
     text: str
     reference: str | None
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,19 @@ class Reward(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ReferenceProblem:
+    """A reference that a reward cannot score against.
+
+    row : its place among the references that were checked, from 0.
+    """
+
+    row: int
+    prompt_id: str
+    problem: str
+    remedy: str
+
+
 class CheckedReward(Reward, Protocol):
     """A reward that says beforehand what it cannot score against."""
 
@@ -65,10 +87,11 @@ class CheckedReward(Reward, Protocol):
         """Whether a row without a reference cannot be scored."""
         ...
 
-    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
-        """Raise DataError, naming the prompt, for the first reference that cannot be scored against.
+    def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
+        """Every reference that cannot be scored against, in their order, at most one problem a row.
 
         references : (prompt_id, reference) pairs; a reference is JSON, or None where there is none.
+        Raises ConfigError or ModelError where the reward itself cannot be used.
         """
         ...
 
@@ -86,33 +109,30 @@ class RowReward(ABC):
         """Whether a row without a reference cannot be scored."""
         return self._needs_reference
 
-    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
-        """Refuse what cannot be scored against, before anything is scored.
+    def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
+        """Every reference that is missing or of the wrong form. Equal ones are read once.
 
-        references : (prompt_id, reference) pairs; a reference is JSON, or None. Equal ones are read once.
-        Raises DataError naming the prompt for a missing reference or one of the wrong form.
+        references : (prompt_id, reference) pairs; a reference is JSON, or None.
         """
         if not self.needs_reference:
-            return
-        seen: set[str] = set()
-        for prompt_id, reference in references:
-            if reference is None:
-                raise DataError(
-                    "no reference to score against",
-                    where=f"prompt {prompt_id}",
-                    remedy="name the column in prompts.reference_field, or choose a reward that needs none",
-                )
-            if reference in seen:
-                continue
-            seen.add(reference)
-            try:
-                self.check_reference(reference)
-            except ValueError as error:
-                raise DataError(
-                    f"reference {clip(reference, 80)} is refused",
-                    where=f"prompt {prompt_id}",
-                    remedy=clip(str(error)),
-                ) from None
+            return []
+        found: list[ReferenceProblem] = []
+        seen: dict[str | None, tuple[str, str] | None] = {None: _MISSING}
+        for row, (prompt_id, reference) in enumerate(references):
+            if reference not in seen:
+                assert reference is not None
+                seen[reference] = self._problem_with(reference)
+            problem = seen[reference]
+            if problem is not None:
+                found.append(ReferenceProblem(row, prompt_id, *problem))
+        return found
+
+    def _problem_with(self, reference: str) -> tuple[str, str] | None:
+        try:
+            self.check_reference(reference)
+        except ValueError as error:
+            return f"reference {clip(reference, 80)} is refused", clip(str(error))
+        return None
 
     def check_reference(self, reference: str) -> None:
         """Raise ValueError, saying what a reference has to be, for JSON that is not that."""
@@ -121,9 +141,9 @@ class RowReward(ABC):
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests; `progress(1)` after each row.
 
-        Raises DataError before the first row is scored (see `check`).
+        Raises DataError before the first row is scored (see `refuse`).
         """
-        self.check((request.prompt_id, request.reference) for request in requests)
+        refuse(self, ((request.prompt_id, request.reference) for request in requests))
         scores = []
         for request in requests:
             scores.append(guarded(partial(self.score_row, request)))
@@ -136,6 +156,14 @@ class RowReward(ABC):
     @abstractmethod
     def score_row(self, request: RewardRequest) -> float | Score:
         """The reward of one row, or a `Score` that says why there is none. May raise: see `guarded`."""
+
+
+def refuse(reward: CheckedReward, references: Iterable[tuple[str, str | None]]) -> None:
+    """Raise a DataError that names the first reference that cannot be scored against, and counts the rest."""
+    found = reward.problems(references)
+    if found:
+        more = f" (and {len(found) - 1} more references)" if len(found) > 1 else ""
+        raise DataError(found[0].problem + more, where=f"prompt {found[0].prompt_id}", remedy=found[0].remedy)
 
 
 def guarded(score: Callable[[], float | Score]) -> Score:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qrpo_core.engines.base import Progress, no_progress
 from qrpo_core.errors import ConfigError
-from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip
+from qrpo_core.rewards.base import ReferenceProblem, RewardRequest, RowReward, Score, clip, refuse
 from qrpo_core.rewards.code_formats import Problem, first_block, read_problem
 from qrpo_core.rewards.code_run import Allowance, Bench, Outcome
 from qrpo_core.rewards.config import CodeRewardConfig
@@ -44,14 +44,15 @@ class CodeReward(RowReward):
         self._packages: tuple[Path, ...] = ()
         self._problem = lru_cache(maxsize=1024)(lambda text: read_problem(text, config.format))
 
-    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
-        """Refuse references that are not of the format, and a machine on which nothing can be run safely.
+    def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
+        """References that are not of the format.
 
-        Raises DataError naming the prompt, and ConfigError if bubblewrap is missing or does not work and
-        `unsafe` is false, or if a package is not installed.
+        Raises ConfigError on a machine on which nothing can be run safely (bubblewrap is missing or does not
+        work, and `unsafe` is false), or if a package is not installed.
         """
-        super().check(references)
+        found = super().problems(references)
         self._prepare()
+        return found
 
     def check_reference(self, reference: str) -> None:
         """Raise ValueError, saying what is needed, for a reference that is not of the format."""
@@ -60,9 +61,9 @@ class CodeReward(RowReward):
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests; `progress(1)` after each row.
 
-        Raises DataError or ConfigError before anything runs (see `check`).
+        Raises DataError or ConfigError before anything runs (see `problems`).
         """
-        self.check((request.prompt_id, request.reference) for request in requests)
+        refuse(self, ((request.prompt_id, request.reference) for request in requests))
         if not requests:
             return []
         scores: dict[int, Score] = {}
@@ -106,7 +107,7 @@ class CodeReward(RowReward):
 
     def _scored(self, request: RewardRequest, benches: _Benches) -> Score:
         source = first_block(request.text)
-        assert request.reference is not None  # `check` refuses such rows
+        assert request.reference is not None  # `refuse` has seen to that
         problem: Problem = self._problem(request.reference)
         if source is None:
             return Score(0.0, "ok", "no fenced block of Python in the completion")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qrpo_core.section import (
     NonNegativeFloat,
@@ -29,6 +29,32 @@ Kind = Literal[
     "judge",
     "python",
 ]
+
+
+class ThinkingMarks(Section):
+    """The marks around a model's thinking."""
+
+    open: str = Field(min_length=1, description="Opens the thinking, such as <think>.")
+    close: str = Field(min_length=1, description="Closes it, such as </think>.")
+
+    @model_validator(mode="after")
+    def _differ(self) -> ThinkingMarks:
+        if self.open in self.close or self.close in self.open:
+            raise ValueError(f"the marks {self.open!r} and {self.close!r} cannot be told apart")
+        return self
+
+
+#: The marks that models are trained to write; none of them stands in ordinary text.
+KNOWN_MARKS = tuple(
+    ThinkingMarks(open=opening, close=closing)
+    for opening, closing in [
+        ("<think>", "</think>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+        ("[THINK]", "[/THINK]"),
+        ("<seed:think>", "</seed:think>"),
+    ]
+)
 
 
 class ModelRewardConfig(Section):
@@ -154,9 +180,10 @@ class PythonRewardConfig(Section):
     batch_size: PositiveInt = Field(256, description="Completions a call.", json_schema_extra=Speed)
 
 
-#: The fields of `RewardConfig` that belong to each kind; those in the second place are needed.
+#: The fields of `RewardConfig` that belong to each kind, beside `thinking`, which all but `weighted` have;
+#: those in the second place are needed.
 _OWN: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    kind: (frozenset(own), frozenset(needed))
+    kind: (frozenset(own) | (frozenset() if kind == "weighted" else {"thinking"}), frozenset(needed))
     for kind, own, needed in [
         ("number", ("extract", "tolerance"), ()),
         ("exact", ("extract",), ()),
@@ -193,10 +220,24 @@ class RewardConfig(Section):
     code: CodeRewardConfig | None = Field(None, description="code: the form of tests, and limits.")
     judge: JudgeRewardConfig | None = Field(None, description="judge: the endpoint and the question.")
     python: PythonRewardConfig | None = Field(None, description="python: the function.")
+    thinking: tuple[ThinkingMarks, ...] | None = Field(
+        KNOWN_MARKS,
+        description="Marks around the thinking, a pair or a list of pairs: only what follows is graded. "
+        "null: the reward sees the whole completion.",
+    )
+
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def _one_pair(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, dict | ThinkingMarks) else value
 
     @model_validator(mode="after")
     def _needs(self) -> RewardConfig:
         own, needed = _OWN[self.kind]
+        if self.thinking == ():
+            raise ValueError("reward.thinking names no marks; write null for a reward that sees the thinking")
+        if self.kind == "weighted" and "thinking" in changed_fields(self):
+            raise ValueError("reward.thinking belongs to the terms of a weighted reward; set it in each term")
         for field in sorted(changed_fields(self) - own - {"kind"}):
             raise ValueError(f"reward.{field} does not belong to kind {self.kind!r}; remove it")
         for field in sorted(needed):
@@ -232,6 +273,8 @@ def reward_fields(config: RewardConfig) -> dict[str, Any]:
             kept[name] = recipe_fields(value)
         elif name == "terms":
             kept[name] = [{"weight": t.weight, "reward": reward_fields(t.reward)} for t in config.terms]
+        elif name == "thinking":
+            kept[name] = [recipe_fields(pair) for pair in value] if value is not None else None
         else:
             kept[name] = value
     return kept

@@ -8,7 +8,15 @@ from functools import cached_property
 from typing import Any
 
 from qrpo_core.engines.base import Progress, no_progress
-from qrpo_core.rewards.base import CheckedReward, RewardRequest, RowReward, Score, guarded
+from qrpo_core.rewards.base import (
+    CheckedReward,
+    ReferenceProblem,
+    RewardRequest,
+    RowReward,
+    Score,
+    guarded,
+    refuse,
+)
 
 
 class SentimentReward(RowReward):
@@ -83,16 +91,19 @@ class WeightedReward:
         """Whether any term does."""
         return any(reward.needs_reference for _, _, reward in self._terms)
 
-    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
-        """What each term refuses (DataError)."""
+    def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
+        """What any term refuses; of a row that several refuse, the first term's problem."""
         pairs = list(references)
+        found: dict[int, ReferenceProblem] = {}
         for _, _, reward in self._terms:
-            reward.check(pairs)
+            for problem in reward.problems(pairs):
+                found.setdefault(problem.row, problem)
+        return [found[row] for row in sorted(found)]
 
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests; a term's row is a share of a row."""
         # All terms before the first score: a term's refusal must not come after another term's work.
-        self.check((request.prompt_id, request.reference) for request in requests)
+        refuse(self, ((request.prompt_id, request.reference) for request in requests))
         counted = _whole_rows(progress, len(self._terms))
         columns = [reward.score(requests, counted) for _, _, reward in self._terms]
         return [self._sum(row) for row in zip(*columns, strict=True)]

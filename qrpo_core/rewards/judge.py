@@ -15,7 +15,7 @@ from qrpo_core.engines.base import Progress, no_progress
 from qrpo_core.errors import ConfigError, EngineError
 from qrpo_core.ids import sample_seed
 from qrpo_core.rewards import judge_answer
-from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip, guarded
+from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip, guarded, refuse
 from qrpo_core.rewards.config import JudgeRewardConfig
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class JudgeReward(RowReward):
         Raises EngineError where the endpoint refuses (its address, model, key or settings are wrong), gives
         no log-probabilities for `expected: true`, or has not answered many rows one after another.
         """
-        self.check((request.prompt_id, request.reference) for request in requests)
+        refuse(self, ((request.prompt_id, request.reference) for request in requests))
         if not requests:
             return []
         client = self._open()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qrpo_core.engines.base import Progress, no_progress
-from qrpo_core.rewards.base import RewardRequest, Score, clip, guarded
+from qrpo_core.rewards.base import ReferenceProblem, RewardRequest, Score, clip, guarded
 from qrpo_core.rewards.config import ModelRewardConfig
 from qrpo_core.rewards.model_source import locate
 
@@ -32,14 +32,15 @@ class ModelReward:
         self._loaded: tuple[Conversations, Classifier] | None = None
         self._located = False
 
-    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
-        """Refuse (ConfigError, ModelError) a model that cannot be used as asked; reads no weights.
+    def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
+        """None: references are not looked at.
 
-        references : not looked at.
+        Raises ConfigError or ModelError for a model that cannot be used as asked; reads no weights.
         """
         if not self._located:
             locate(self._config)
             self._located = True
+        return []
 
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests.
@@ -47,7 +48,7 @@ class ModelReward:
         Raises ConfigError, ModelError or DataError for a model or a conversation that cannot be scored, and
         EngineError where golden rows disagree or a single row does not fit into memory.
         """
-        self.check(())
+        self.problems(())
         if not requests:
             return []
         with self._lock:

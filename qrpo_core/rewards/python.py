@@ -17,7 +17,7 @@ from typing import Any
 from qrpo_core.engines.base import Progress, no_progress
 from qrpo_core.errors import ConfigError, DataError
 from qrpo_core.ids import digest_file
-from qrpo_core.rewards.base import RewardRequest, Score, clip, guarded
+from qrpo_core.rewards.base import ReferenceProblem, RewardRequest, Score, clip, guarded
 from qrpo_core.rewards.config import PythonRewardConfig
 
 #: Digest of the file that each imported module came from: an edit behind it would not be what runs.
@@ -63,9 +63,10 @@ class PythonReward:
         self._config = config
         self._lock = threading.Lock()
 
-    def check(self, references: Iterable[tuple[str, str | None]]) -> None:
-        """Import the module and find the function (ConfigError); references are not looked at."""
+    def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
+        """None: references are not looked at. Imports the module and finds the function (ConfigError)."""
         load_function(self._config)
+        return []
 
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from qrpo_core.errors import ConfigError
-from qrpo_core.rewards.base import CheckedReward, Reward
+from qrpo_core.rewards.base import CheckedReward, ReferenceProblem, Reward, refuse
 from qrpo_core.rewards.config import RewardConfig, reward_fields
+from qrpo_core.rewards.thinking import AnswerOnly
 
 #: The version of each scorer of ours, raised by hand when it would score any row differently. What all of
 #: them share (reading of numbers, extraction, limits) counts as a change of every scorer that uses it.
@@ -35,7 +36,9 @@ LIBRARIES = {
 
 
 def make_reward(config: RewardConfig) -> Reward:
-    """The reward of a configuration. Its library is imported at the first row, not here.
+    """The reward of a configuration: it grades what follows the thinking, unless `thinking` is null.
+
+    Its library is imported at the first row, not here.
 
     Raises ConfigError if that library is not installed.
     """
@@ -47,14 +50,30 @@ def needs_reference(config: RewardConfig) -> bool:
     return _build(config).needs_reference
 
 
-def check_references(config: RewardConfig, references: Iterable[tuple[str, str | None]]) -> None:
-    """Refuse references that the reward cannot score against, before anything is sampled or scored.
+def check_references(
+    config: RewardConfig, references: Iterable[tuple[str, str | None]]
+) -> list[ReferenceProblem]:
+    """Every reference that the reward cannot score against, before anything is sampled or scored.
 
     references : (prompt_id, reference) pairs, one a prompt; a reference is JSON or None.
-    Raises DataError naming the first such prompt. Cheap, except that `math` and `reasoning_gym` start
-    their scoring process (1 to 3 s) and read each reference with it.
+    Returns at most one problem a row, in the order of the rows. Raises ConfigError or ModelError where the
+    reward itself cannot be used. Cheap, except that `math` and `reasoning_gym` start their scoring process
+    (1 to 3 s) and read references with it.
     """
-    _build(config).check(references)
+    reward = _build(config)
+    try:
+        return reward.problems(references)
+    finally:
+        reward.close()
+
+
+def refuse_references(config: RewardConfig, references: Iterable[tuple[str, str | None]]) -> None:
+    """Raise a DataError for the first reference that `check_references` finds, with the number of others."""
+    reward = _build(config)
+    try:
+        refuse(reward, references)
+    finally:
+        reward.close()
 
 
 def reward_identity(config: RewardConfig) -> dict[str, Any]:
@@ -111,7 +130,10 @@ def _version(distribution: str, kind: str) -> str:
 def _build(config: RewardConfig) -> CheckedReward:
     for name in LIBRARIES.get(config.kind, ()):
         _version(name, config.kind)
-    return _BUILDERS[config.kind](config)
+    reward = _BUILDERS[config.kind](config)
+    if config.kind == "weighted" or config.thinking is None:  # each term of a sum has marks of its own
+        return reward
+    return AnswerOnly(reward, config.thinking)
 
 
 def _number(config: RewardConfig) -> CheckedReward:

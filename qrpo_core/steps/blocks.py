@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qrpo_core.config import Experiment, RewardConfig, recipe_fields
+from qrpo_core.data.chat import Messages
 from qrpo_core.engines.base import Engine, Progress, SampleRequest, SamplingParams, ScoreRequest
 from qrpo_core.ids import sample_seed
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
@@ -28,7 +29,7 @@ from qrpo_core.store.blocks import BlockPlan, Wanted, row_key
 from qrpo_core.store.recipe import Recipe
 
 SAMPLE_VERSION = 1
-REWARD_VERSION = 1
+REWARD_VERSION = 2
 LOGPROB_VERSION = 1
 
 
@@ -119,6 +120,9 @@ class SampleStep:
     def read(self, pairs: Sequence[tuple[str, int]]) -> pa.Table:
         return self.workspace.blocks.read_pairs(self.recipe, pairs, COMPLETIONS)
 
+    def opening(self, messages: Messages) -> str:
+        return self.workspace.chat(self.policy.directory).turn_opening(messages)
+
     @property
     def engine_kind(self) -> str:
         """Which engine draws. A server serves the reference: a policy that was trained is drawn from here."""
@@ -175,6 +179,11 @@ class RewardStep:
     schema = REWARDS
 
     @property
+    def config(self) -> RewardConfig:
+        """The scorer's section."""
+        return self.scorer or self.completions.workspace.experiment.reward
+
+    @property
     def recipe(self) -> Recipe:
         return reward_recipe(self.completions.workspace, self.completions.texts, self.scorer)
 
@@ -194,6 +203,7 @@ class RewardStep:
         workspace = self.completions.workspace
         pairs = [(key.partition(".")[0], index) for key, index in plan.pairs()]
         rows = _rows(self.completions.prompts, {prompt for prompt, _ in pairs})
+        openings = {prompt: self.completions.opening(row["messages"]) for prompt, row in rows.items()}
         requests = [
             RewardRequest(
                 prompt,
@@ -201,6 +211,7 @@ class RewardStep:
                 tuple((turn["role"], turn["content"]) for turn in rows[prompt]["messages"]),
                 text,
                 rows[prompt]["reference"],
+                openings[prompt],
             )
             for (prompt, index), text in zip(
                 pairs, self.completions.read(pairs)["text"].to_pylist(), strict=True

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qrpo_core.data.chat import Messages
 from qrpo_core.errors import DataError
 from qrpo_core.records import REWARDS
 from qrpo_core.steps.policies import Policy
@@ -52,6 +53,10 @@ class Completions(Protocol):
 
     def read(self, pairs: Sequence[tuple[str, int]]) -> pa.Table:
         """Columns token_ids, text and finish_reason of the rows asked for, in that order."""
+        ...
+
+    def opening(self, messages: Messages) -> str:
+        """What stands before each text in the assistant's turn, written by the chat template."""
         ...
 
 
@@ -121,6 +126,9 @@ class OfflineCompletions:
                 "finish_reason": pa.array(["stop"] * len(texts), pa.string()),
             }
         )
+
+    def opening(self, messages: Messages) -> str:
+        return ""  # the data set's text is the whole answer, with its thinking if it has any
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from qrpo_core.config import RewardConfig
 from qrpo_core.errors import DataError
 from qrpo_core.records import STATUSES
 from qrpo_core.rewards.base import CheckedReward, Reward, RewardRequest, Score
-from qrpo_core.rewards.registry import check_references, make_reward, needs_reference
+from qrpo_core.rewards.registry import check_references, make_reward, needs_reference, refuse_references
 
 SUM = {
     "task": "chain_sum",
@@ -277,7 +277,7 @@ def test_a_missing_reference_is_refused_before_anything_is_scored(kind: str) -> 
     missing = request("3", None, 1)
     if not needs_reference(config(kind)):
         assert [score.status for score in reward(kind).score([present, missing])] == ["ok", "ok"]
-        check_references(config(kind), [("prompt-1", None)])
+        assert check_references(config(kind), [("prompt-1", None)]) == []
         return
     with pytest.raises(DataError) as caught:
         reward(kind).score([present, missing], calls.append)
@@ -286,7 +286,20 @@ def test_a_missing_reference_is_refused_before_anything_is_scored(kind: str) -> 
     assert "no reference" in caught.value.message
     assert caught.value.remedy
     with pytest.raises(DataError, match="no reference"):
-        check_references(config(kind), [("prompt-1", None)])
+        refuse_references(config(kind), [("prompt-1", None)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_unusable_reference_is_told_with_its_row(kind: str) -> None:
+    good = request("", KINDS[kind][1][0]).reference
+    problems = check_references(config(kind), [("a", None), ("b", good), ("c", None), ("d", good)])
+    if not needs_reference(config(kind)):
+        assert problems == []
+        return
+    assert [(each.row, each.prompt_id) for each in problems] == [(0, "a"), (2, "c")]
+    assert all("no reference" in each.problem and each.remedy for each in problems)
+    with pytest.raises(DataError, match=r"no reference.*and 1 more.*prompt a"):
+        refuse_references(config(kind), [("a", None), ("b", good), ("c", None)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -295,4 +308,4 @@ def test_the_references_of_this_suite_pass_the_check(kind: str) -> None:
     made = reward(kind)
     assert isinstance(made.needs_reference, bool)  # type: ignore[attr-defined]
     checked: CheckedReward = made  # type: ignore[assignment]
-    checked.check(references)
+    assert checked.problems(references) == []

@@ -122,6 +122,17 @@ class TestPrompts:
         with pytest.raises(ModelError, match=r"drops or changes the system turn 'Be brief\.'"):
             chat.prompt_token_ids([{"role": "system", "content": "Be brief."}, *HELLO])
 
+    def test_the_opening_is_what_the_template_adds_behind_the_prompt(
+        self, chat: Chat, chat_of: Callable[..., Chat]
+    ) -> None:
+        assert chat.turn_opening(HELLO) == "<|assistant|>"
+        thinking = chat_of(
+            "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+        )
+        asked = [{"role": "user", "content": "What does <think> mean?"}]
+        assert thinking.turn_opening(asked) == "<|assistant|><think>\n"
+
     def test_a_refused_conversation_names_the_prompt(self, chat_of: Callable[..., Chat]) -> None:
         chat = chat_of("{{ raise_exception('roles must alternate') }}")
         with pytest.raises(DataError, match=rf"roles must alternate.*prompt {prompt_id(HELLO)}"):

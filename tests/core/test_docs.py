@@ -10,12 +10,13 @@ from typing import get_args
 import pytest
 
 from qrpo_core.config import Experiment, RewardConfig, Section, WeightedTerm
+from qrpo_core.rewards.config import ThinkingMarks
 
 ROOT = Path(__file__).parents[2]
 
 
 def sections() -> dict[str, type[Section]]:
-    found = {"experiment": Experiment, "reward.terms": WeightedTerm}
+    found = {"experiment": Experiment, "reward.terms": WeightedTerm, "reward.thinking": ThinkingMarks}
     for name, field in Experiment.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             found[name] = field.annotation

@@ -247,7 +247,7 @@ def test_what_a_test_cannot_send_is_no_score(score: Any) -> None:
 @needs_bwrap
 def test_a_failing_harness_is_tried_again_and_never_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     reward = CodeReward(CodeRewardConfig(format="mbpp", processes=1))
-    reward.check([])
+    reward.problems([])
     start, failures = Bench.start, [2, 3]
 
     def failing(bench: Bench, *arguments: Any) -> Any:
@@ -304,7 +304,7 @@ def test_without_a_sandbox_nothing_runs_unless_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(tmp_path))
     row = request("def f(x): return x * x", SQUARES)
     with pytest.raises(ConfigError, match="apt install bubblewrap"):
-        CodeReward(CodeRewardConfig(format="mbpp")).check([("p", SQUARES)])
+        CodeReward(CodeRewardConfig(format="mbpp")).problems([("p", SQUARES)])
     unsafe = CodeReward(CodeRewardConfig(format="mbpp", unsafe=True, seconds_per_test=1.0))
     with pytest.warns(UserWarning, match="without a sandbox"):
         assert unsafe.score([row]) == [Score(1.0, "ok", "passed 3 of 3 (without a sandbox)")]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qrpo_core.errors import DataError
+from qrpo_core.rewards.base import refuse
 from qrpo_core.rewards.code import CodeReward
 from qrpo_core.rewards.code_formats import first_block, read_problem
 from qrpo_core.rewards.config import CodeRewardConfig
@@ -69,12 +70,12 @@ def test_the_first_fenced_block_is_the_program(text: str, block: str | None) -> 
 )
 def test_a_reference_of_the_wrong_form_is_refused(form: Any, reference: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        CodeReward(CodeRewardConfig(format=form)).check([("p7", reference)])
+        refuse(CodeReward(CodeRewardConfig(format=form)), [("p7", reference)])
 
 
 def test_a_missing_reference_is_refused() -> None:
     with pytest.raises(DataError, match="p7"):
-        CodeReward(CodeRewardConfig(format="mbpp")).check([("p7", None)])
+        refuse(CodeReward(CodeRewardConfig(format="mbpp")), [("p7", None)])
 
 
 def test_each_assert_is_a_test_with_what_stands_before_it() -> None:

@@ -154,11 +154,11 @@ def test_several_outputs_need_a_label(make_classifier: MakeClassifier) -> None:
         found = values(reward(path, label=label).score(request))
         assert found == pytest.approx([by_hand(path, request[0], label)], abs=1e-4)
     with pytest.raises(ConfigError, match=r"3 outputs .*reward.model.label, 0 to 2"):
-        reward(path).check(())
+        reward(path).problems(())
     with pytest.raises(ConfigError, match="label 3 is not one of the model's 3"):
-        reward(path, label=3).check(())
+        reward(path, label=3).problems(())
     with pytest.raises(ConfigError, match="2 outputs"):  # config.json says nothing: transformers takes 2
-        reward(make_classifier("Llama", labels=2)).check(())
+        reward(make_classifier("Llama", labels=2)).problems(())
 
 
 def test_too_long_is_a_status_with_both_lengths(make_classifier: MakeClassifier) -> None:
@@ -181,7 +181,7 @@ def test_the_longest_input_is_the_smaller_of_model_and_tokenizer(make_classifier
     )
     assert roberta.max_length == 400 - roberta._pad - 1  # type: ignore[operator]
     with pytest.raises(ConfigError, match="max_length 257 is above the model's 256"):
-        reward(make_classifier("Llama"), max_length=257).check(())
+        reward(make_classifier("Llama"), max_length=257).problems(())
 
 
 def test_memory_that_runs_out_halves_batches(

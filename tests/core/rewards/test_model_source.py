@@ -106,7 +106,7 @@ def test_a_missing_chat_template_is_refused_before_anything_is_loaded(
     make_classifier: MakeClassifier,
 ) -> None:
     path = make_classifier("Llama", tokenizer={"chat_template": None})
-    for use in (lambda: reward(path).check(()), lambda: reward(path).score(rows(1))):
+    for use in (lambda: reward(path).problems(()), lambda: reward(path).score(rows(1))):
         with pytest.raises(ModelError, match=r"chat template .* missing"):
             use()
     from transformers import AutoTokenizer
@@ -153,7 +153,7 @@ def custom(make_classifier: MakeClassifier, tmp_path: Path) -> Path:
 
 def test_code_of_the_model_is_run_only_with_trust(custom: Path) -> None:
     with pytest.raises(ConfigError, match=r"brings code .*head.Head in config.json.*trust_remote_code"):
-        reward(custom).check(())
+        reward(custom).problems(())
     found = values(reward(custom, trust_remote_code=True).score(rows(9)))
     assert found == pytest.approx(
         values(reward(custom, trust_remote_code=True, batch_tokens=1).score(rows(9))), abs=1e-4
@@ -175,30 +175,30 @@ def test_code_elsewhere_is_refused(custom: Path) -> None:
     config["auto_map"] = {"AutoConfig": "someone/else--config.C"}
     (custom / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="in another repository"):
-        reward(custom, trust_remote_code=True).check(())
+        reward(custom, trust_remote_code=True).problems(())
 
 
 @pytest.mark.parametrize("revision", [None, "main", "abc1234", "A" * 40])
 def test_trusted_hub_code_needs_a_commit(revision: str | None) -> None:
     config = ModelRewardConfig(path="someone/model", trust_remote_code=True, revision=revision)
     with pytest.raises(ConfigError, match=r"set reward\.model\.revision to the commit"):
-        ModelReward(config).check(())
+        ModelReward(config).problems(())
     pinned = ModelRewardConfig(path="someone/model", trust_remote_code=True, revision="a" * 40)
     with pytest.raises(
         ModelError, match="nor an available hub model"
     ):  # past that rule; the tests are offline
-        ModelReward(pinned).check(())
+        ModelReward(pinned).problems(())
 
 
 def test_what_is_no_reward_model_is_refused(
     make_classifier: MakeClassifier, tiny_model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="LlamaForCausalLM, not a sequence classifier"):
-        reward(tiny_model).check(())
+        reward(tiny_model).problems(())
     with pytest.raises(ConfigError, match="GGUF"):
-        reward(Path("model.gguf")).check(())
+        reward(Path("model.gguf")).problems(())
     with pytest.raises(ModelError, match=r"no model directory.*reward\.model\.path") as caught:
-        ModelReward(ModelRewardConfig(path="./nowhere")).check(())
+        ModelReward(ModelRewardConfig(path="./nowhere")).problems(())
     assert " model.path" not in str(caught.value)
     # A classifier's config over a policy's weights: its head would be random.
     headless = Path(shutil.copytree(tiny_model, tmp_path / "headless"))

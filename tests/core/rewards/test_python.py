@@ -177,6 +177,6 @@ def test_a_file_edited_behind_its_import_is_refused(write: Write) -> None:
 def test_the_working_directory_is_importable_once(write: Write, tmp_path: Path) -> None:
     write("def score(batch): return [math for math in [0.0] * len(batch)]\n")
     for _ in range(3):
-        reward().check([])
+        reward().problems([])
     assert sys.path.count(str(tmp_path)) == 1
     assert math.isfinite(reward().score([row("a")])[0].reward or 0.0)

@@ -296,7 +296,7 @@ ENDLESS = """
     reference = json.dumps({"test_list": ["assert f(1) == 2"]})
     daemon = "import os\\ndef f(n):\\n    os.fork()\\n    os.setsid()\\n    while True: pass"
     rows = [RewardRequest("p", i, (), f"```python\\n{daemon}\\n```", reference) for i in range(9)]
-    reward.check([])
+    reward.problems([])
     print("ready", flush=True)
     reward.score(rows)
 """

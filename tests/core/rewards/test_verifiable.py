@@ -8,7 +8,7 @@ import pytest
 
 from qrpo_core.config import RewardConfig
 from qrpo_core.errors import DataError
-from qrpo_core.rewards.base import CheckedReward, RewardRequest, Score
+from qrpo_core.rewards.base import CheckedReward, RewardRequest, Score, refuse
 from qrpo_core.rewards.registry import make_reward
 from qrpo_core.rewards.verifiable import MATH_WINDOW, MathReward, math_window
 
@@ -157,7 +157,7 @@ def test_math_reads_the_end_of_a_long_completion() -> None:
 def test_an_unreadable_reference_is_refused_with_its_prompt(kind: str, reference: str, remedy: str) -> None:
     reward = reasoning_gym_reward() if kind == "reasoning_gym" else make_reward(RewardConfig(kind=kind))
     with pytest.raises(DataError) as caught:
-        reward.check([("abc", reference)])
+        refuse(reward, [("abc", reference)])
     assert caught.value.where == "prompt abc"
     assert remedy in str(caught.value)
 

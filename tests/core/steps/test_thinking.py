@@ -1,0 +1,38 @@
+"""A template that opens the thinking in its generation prompt is known to the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qrpo_core.rewards.thinking import UNFINISHED
+from qrpo_core.steps.blocks import RewardStep
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>OPENING{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("opening", "unfinished"), [("<think>\n", True), ("<think>\n\n</think>\n", False)])
+def test_an_answer_cut_while_the_template_has_the_thinking_open(
+    steps: Any,
+    settings: dict[str, Any],
+    make_tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    opening: str,
+    unfinished: bool,
+) -> None:
+    model = make_tiny_model(tmp_path / "thinker", template=TEMPLATE.replace("OPENING", opening))
+    chain, _ = steps.precompute(
+        steps.changed(settings, model={"path": str(model)}, reward={"min_words": 1, "max_words": 1000})
+    )
+    rewards = chain.first.rewards
+    assert isinstance(rewards, RewardStep)
+    rows = rewards.read().to_pylist()
+    assert rows
+    assert {row["detail"] for row in rows} == {UNFINISHED if unfinished else ""}
+    assert ({row["reward"] for row in rows} == {0.0}) is unfinished
