@@ -73,6 +73,11 @@ class PromptsConfig(Section):
     )
     system: str | None = Field(None, description="System turn put before prompts that have none.")
     limit: PositiveInt | None = Field(None, description="Take at most this many prompts, in source order.")
+    on_unusable: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="Rows that cannot be used (unreadable, too long for the model, refused by the chat template "
+        "or by the reward): refuse to run and name them all, or leave them out and count them.",
+    )
     # kind: template
     templates: tuple[str, ...] = Field((), description="template: sentences with {slots}.")
     words: dict[str, tuple[str, ...]] = Field({}, description="template: the words of each slot.")
@@ -157,7 +162,7 @@ def _prompt_fields(kind: str) -> set[str]:
         "file": {"path"} | read,
         "hub": {"name", "revision", "subset", "split", "streaming"} | read,
     }[kind]
-    return own | {"kind", "held_out", "system", "limit"}
+    return own | {"kind", "held_out", "system", "limit", "on_unusable"}
 
 
 class EvaluationConfig(Section):
@@ -203,6 +208,11 @@ class StoreConfig(Section):
         "always",
         description="Check content against its digest when it is read: always, for a tenth of the blocks and "
         "files (chosen by their names), or never. A missing or unreadable object is noticed in any case.",
+    )
+    tries: PositiveInt = Field(
+        3,
+        description="How many runs ask for a row whose status can pass (endpoint_error, timeout, sandbox_error) "
+        "before they take it as it is. A larger number asks again.",
     )
     retry_seconds: NonNegativeFloat = Field(
         60.0, description="s3: longest time that one call goes on trying against errors that pass."

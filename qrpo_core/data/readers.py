@@ -21,7 +21,8 @@ from qrpo_core.data.messages import nearest
 from qrpo_core.data.rows import check_columns
 from qrpo_core.errors import DataError, QRPOError
 
-RawRow = tuple[dict[str, Any], str]
+#: The fields of a row, or why it cannot be read; and its place.
+RawRow = tuple[dict[str, Any] | DataError, str]
 
 _LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _PARQUET = (".parquet",)
@@ -33,8 +34,8 @@ def read_file(
 ) -> Iterator[RawRow]:
     """Rows of `config.path` in file order. Blank lines are skipped and counted in `notes`.
 
-    Raises DataError for a file that is missing, not readable or of an unknown format, and for a row that
-    is not a JSON object (with its line number).
+    A row that is not a JSON object is given as the DataError that says so (with its line number). Raises
+    DataError for a file that is missing, not readable or of an unknown format.
     """
     path = config.path or ""
     if path.endswith(_LINES):
@@ -115,7 +116,11 @@ def _read_lines(path: str, storage_options: dict[str, Any] | None, notes: Counte
                 notes["blank_lines"] += 1
                 continue
             place = f"{path}:{number}"
-            yield _parse_line(line, place), place
+            try:
+                row: dict[str, Any] | DataError = _parse_line(line, place)
+            except DataError as error:
+                row = error
+            yield row, place
 
 
 def _parse_line(line: bytes, place: str) -> dict[str, Any]:

@@ -46,11 +46,14 @@ from qrpo_core.data.generated import draw_tasks, draw_templates
 from qrpo_core.data.hub import hub_identity, read_hub
 from qrpo_core.data.readers import file_digest, read_file
 from qrpo_core.data.rows import Message, Row, parse_row
+from qrpo_core.data.unusable import Unusable, report_unusable
 from qrpo_core.errors import DataError
 from qrpo_core.records import OFFLINE, PROMPTS, check_table
 
 #: Rows that are collected before they become Arrow.
 _CHUNK = 4096
+#: Where so many rows cannot be read and none before them could, the fields are named wrongly: no list helps.
+_HOPELESS = 100
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class PromptSet:
         prompts, train, held_out. read = prompts + merged + filtered. Where they occur, over all rows:
         blank_lines, without_reference, without_pair, equal_pairs (chosen and rejected are the same text;
         they are kept), without_completions, ungraded_completions (reward null where one is asked for),
-        empty_completions, ignored_message_keys; over the prompts within `limit`: repeated_pairs and
+        empty_completions, ignored_message_keys, unreadable_rows (left out by `on_unusable`, not in read); over the prompts within `limit`: repeated_pairs and
         repeated_completions (equal to an earlier one of the same prompt; they are taken once).
     """
 
@@ -79,7 +82,7 @@ def load_prompts(config: PromptsConfig, storage_options: dict[str, Any] | None =
 
     `storage_options` go to fsspec for a path with a protocol (s3://) and are not used otherwise.
     Raises ConfigError for a source that cannot be meant, and DataError for one that cannot be read:
-    missing, empty, an unreadable row (with its place), unequal references of one prompt or rewards of one
+    missing, empty, unreadable rows (all of them, with their places), unequal references of one prompt or rewards of one
     completion, or a split that leaves nothing to train on or nothing to evaluate on.
     """
     notes: Counter[str] = Counter()
@@ -116,9 +119,37 @@ def _rows(
     elif config.kind == "reasoning_gym":
         yield from draw_tasks(config, notes)
     else:
-        raw = read_file(config, storage_options, notes) if config.kind == "file" else read_hub(config)
-        for fields, source in raw:
-            yield parse_row(fields, source, config, notes)
+        yield from _read(config, storage_options, notes)
+
+
+def _read(
+    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str]
+) -> Iterator[Row]:
+    """The rows of a file or a data set; those that cannot be read are told together, or left out."""
+    raw = read_file(config, storage_options, notes) if config.kind == "file" else read_hub(config)
+    bad: list[DataError] = []
+    good = 0
+    for fields, source in raw:
+        try:
+            if isinstance(fields, DataError):
+                raise fields
+            row = parse_row(fields, source, config, notes)
+        except DataError as error:
+            bad.append(error)
+            if not good and len(bad) == _HOPELESS:
+                raise bad[0] from None
+            continue
+        good += 1
+        yield row
+    if len(bad) == 1 and (config.on_unusable == "refuse" or not good):
+        raise bad[0]
+    report_unusable([_unreadable(error) for error in bad], config.on_unusable if good else "refuse")
+    notes["unreadable_rows"] += len(bad)
+
+
+def _unreadable(error: DataError) -> Unusable:
+    place, remedy = error.where or "", error.remedy or "mend it"
+    return Unusable(None, place, error.message, remedy, "that cannot be read")
 
 
 def _where(config: PromptsConfig) -> str:
