@@ -6,10 +6,11 @@ fast a result comes, not the result: it stays out of every recipe (see `recipe_f
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from qrpo_core.data.config import PromptsConfig
 from qrpo_core.engines.config import EndpointConfig, FakeConfig, ParityConfig, SamplingConfig, VllmConfig
 from qrpo_core.rewards.config import RewardConfig, WeightedTerm
 from qrpo_core.section import (
@@ -19,7 +20,6 @@ from qrpo_core.section import (
     PositiveInt,
     Section,
     Speed,
-    changed_fields,
     recipe_fields,
 )
 from qrpo_core.train.config import ObjectiveConfig, RoundsConfig, TrainingConfig, TrainingDataConfig
@@ -59,110 +59,6 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Precision of the weights, as stored and as sampled from."
     )
-
-
-class PromptsConfig(Section):
-    """Where prompts come from, and which are held out."""
-
-    kind: Literal["template", "reasoning_gym", "file", "hub"] = Field(
-        title="Source",
-        description="Where they come from. The other fields begin with the sources that they belong to.",
-    )
-    held_out: Fraction = Field(
-        0.2, description="Share of prompts kept for evaluation; decided by prompt_id, never by row order."
-    )
-    system: str | None = Field(None, description="System turn put before prompts that have none.")
-    limit: PositiveInt | None = Field(None, description="Take at most this many prompts, in source order.")
-    on_unusable: Literal["refuse", "skip"] = Field(
-        "refuse",
-        description="Rows that cannot be used (unreadable, too long for the model, refused by the chat template "
-        "or by the reward): refuse to run and name them all, or leave them out and count them.",
-    )
-    # kind: template
-    templates: tuple[str, ...] = Field((), description="template: sentences with {slots}.")
-    words: dict[str, tuple[str, ...]] = Field({}, description="template: the words of each slot.")
-    # kind: reasoning_gym
-    task: str | None = Field(None, description="reasoning_gym: name of the task.")
-    parameters: dict[str, Any] = Field({}, description="reasoning_gym: parameters of the task.")
-    # kinds template and reasoning_gym
-    size: PositiveInt | None = Field(None, description="template, reasoning_gym: number of prompts.")
-    seed: int = Field(0, description="template, reasoning_gym: seed of the draw.")
-    # kinds file and hub
-    path: str | None = Field(None, description="file: JSONL or Parquet, local or s3://.")
-    name: str | None = Field(None, description="hub: data set name (or a local data set directory).")
-    revision: str | None = Field(None, description="hub: revision of the data set.")
-    subset: str | None = Field(
-        None, description="hub: which of the data set's configurations, if it has several."
-    )
-    split: str = Field("train", description="hub: which split to read.")
-    streaming: bool = Field(
-        False,
-        description="hub: read rows as they arrive instead of downloading the whole data set first.",
-        json_schema_extra=Speed,
-    )
-    prompt_field: str = Field("prompt", description="file, hub: a string or a list of messages.")
-    reference_field: str | None = Field(None, description="file, hub: what the reward checks against.")
-    reference_fields: tuple[str, ...] = Field(
-        (),
-        description="file, hub: columns that together are the reference, an object with their names, such as "
-        "the tests of a programming problem.",
-    )
-    chosen_field: str | None = Field(None, description="file, hub: preferred completion or conversation.")
-    rejected_field: str | None = Field(None, description="file, hub: other completion or conversation.")
-    completion_fields: tuple[str, ...] = Field(
-        (),
-        description="file, hub: columns of further completions: each a text, a mapping, or a list of them.",
-    )
-    completion_text_field: str = Field(
-        "text", description="file, hub: key of the text where a completion is a mapping."
-    )
-    completion_reward_field: str | None = Field(
-        None, description="file, hub: key of its reward, a number or true/false, where it is graded."
-    )
-
-    @model_validator(mode="after")
-    def _needs(self) -> PromptsConfig:
-        needed = {
-            "template": ("templates", "size"),
-            "reasoning_gym": ("task", "size"),
-            "file": ("path",),
-            "hub": ("name",),
-        }[self.kind]
-        for field in needed:
-            if not getattr(self, field):
-                raise ValueError(f"prompts.{field} is missing; kind {self.kind!r} needs it")
-        for field in sorted(changed_fields(self) - _prompt_fields(self.kind)):
-            raise ValueError(f"prompts.{field} does not belong to kind {self.kind!r}; remove it")
-        if (self.chosen_field is None) != (self.rejected_field is None):
-            raise ValueError("prompts.chosen_field and prompts.rejected_field come together")
-        if self.completion_fields and self.chosen_field is not None:
-            raise ValueError("prompts.completion_fields and prompts.chosen_field exclude each other")
-        if self.reference_field is not None and self.reference_fields:
-            raise ValueError("prompts.reference_field and prompts.reference_fields exclude each other")
-        self._check_completions()
-        return self
-
-    def _check_completions(self) -> None:
-        for field in ("completion_reward_field", "completion_text_field"):
-            if field in changed_fields(self) and not self.completion_fields:
-                raise ValueError(f"prompts.{field} needs prompts.completion_fields")
-        if len(set(self.completion_fields)) < len(self.completion_fields):
-            raise ValueError("prompts.completion_fields names a column twice")
-        if self.completion_text_field == self.completion_reward_field:
-            raise ValueError("prompts.completion_text_field and prompts.completion_reward_field are one key")
-
-
-def _prompt_fields(kind: str) -> set[str]:
-    drawn = {"size", "seed"}
-    read = {"prompt_field", "reference_field", "reference_fields", "chosen_field", "rejected_field"}
-    read |= {"completion_fields", "completion_text_field", "completion_reward_field"}
-    own = {
-        "template": {"templates", "words"} | drawn,
-        "reasoning_gym": {"task", "parameters"} | drawn,
-        "file": {"path"} | read,
-        "hub": {"name", "revision", "subset", "split", "streaming"} | read,
-    }[kind]
-    return own | {"kind", "held_out", "system", "limit", "on_unusable"}
 
 
 class EvaluationConfig(Section):
@@ -290,5 +186,8 @@ class Experiment(Section):
             raise ValueError(
                 "training_data.preference 'label' needs prompts.chosen_field; grades are rewards"
             )
-        if data.rewards == "given" and prompts.completion_reward_field is None:
-            raise ValueError("training_data.rewards 'given' needs prompts.completion_reward_field")
+        if data.rewards == "given" and not prompts.graded:
+            raise ValueError(
+                "training_data.rewards 'given' needs prompts.completion_reward_field or "
+                "prompts.chosen_reward_field"
+            )

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qrpo_core import ids
-from qrpo_core.config import PromptsConfig
+from qrpo_core.data.config import PromptsConfig
 from qrpo_core.data.rows import Row, check_prompt, nearest
 from qrpo_core.errors import ConfigError, DataError
 

@@ -1,8 +1,12 @@
 """Rows of Hugging Face data sets: by name and revision from the hub, or from a local directory.
 
-A hub data set is pinned to the commit that its revision names before it is read, and what was read is
-checked to be that commit: `datasets` falls back to whatever copy its cache holds when the hub cannot be
-reached. A local directory is read through a temporary cache, so a changed file is never served stale.
+`datasets` says which files make a split (names, the card's configurations). Files of JSON, CSV and Parquet
+are then read as kind file reads them: the library would make floats of integers beyond 64 bits, dates of
+texts and numbers of zero-padded ones. Data sets of other files are the library's to read.
+
+A hub data set is pinned to the commit that its revision names before it is read, and a copy in the cache
+serves that commit alone. A local directory is read through a temporary cache, so a changed file is never
+served stale.
 """
 
 from __future__ import annotations
@@ -10,14 +14,18 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from qrpo_core import ids
-from qrpo_core.config import PromptsConfig
-from qrpo_core.data.readers import RawRow
+from qrpo_core.data.arrow_rows import table_rows
+from qrpo_core.data.config import PromptsConfig
+from qrpo_core.data.hub_files import Files, recall, remember, sources_of
+from qrpo_core.data.readers import RawRow, read_source
 from qrpo_core.data.rows import check_columns
 from qrpo_core.errors import DataError
 
@@ -37,66 +45,123 @@ def hub_identity(config: PromptsConfig) -> dict[str, Any]:
     return {"commit": _resolve(name, config.revision)}
 
 
-def read_hub(config: PromptsConfig) -> Iterator[RawRow]:
-    """Rows of one split in order, with places `name[split] row i` (0-based).
+def read_hub(config: PromptsConfig, notes: Counter[str]) -> Iterator[RawRow]:
+    """Rows of one split in order, with places `name/file:line`, or `name[split] row i` (0-based).
 
     Raises DataError for a data set, revision or split that is not there, and for a missing column.
     """
-    name = config.name or ""
-    identity = hub_identity(config)
+    commit = hub_identity(config).get("commit")
+    files = None if commit is None else recall(config, commit)
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        dataset = _load(config, identity.get("commit"), folder if "files" in identity else None)
-        where = f"{name}[{config.split}]"
-        known = dataset.column_names or list(
-            next(iter(dataset), {})
-        )  # a stream may not know before its first row
-        columns = check_columns(known, config, where)
-        number = 0
-        for batch in dataset.select_columns(columns).iter(batch_size=_BATCH):
-            for values in zip(*(batch[column] for column in columns), strict=True):
-                yield dict(zip(columns, values, strict=True)), f"{where} row {number}"
-                number += 1
+        builder = None
+        if files is None:
+            builder = _builder(config, commit, None if commit else folder)
+            files = sources_of(config, builder)
+            if files is not None and commit is not None:
+                remember(config, commit, files)
+        if commit is not None and commit != config.revision:
+            # Loaded by its commit, the library does not note which branch that was; offline runs ask for it.
+            ref = _ref(config.name or "", config.revision)
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit)
+        if files is not None:
+            yield from _from_files(config, files, commit, notes)
+        else:
+            yield from _from_library(config, builder)
 
 
-def _load(config: PromptsConfig, commit: str | None, cache: str | None) -> Any:
+def _from_files(
+    config: PromptsConfig, files: Files, commit: str | None, notes: Counter[str]
+) -> Iterator[RawRow]:
+    """Rows of the files of a split, or of slices and sums of splits (`train[:10%]+test`)."""
     import datasets
 
-    name = config.name or ""
+    def rows(split: str, notes: Counter[str]) -> Iterator[RawRow]:
+        for source in files.sources(split, config, commit):
+            yield from read_source(source, config, None, notes)
+
+    if config.split in files.splits:
+        yield from rows(config.split, notes)
+        return
+    names = {re.split(r"[\[]", part)[0].strip() for part in config.split.split("+")}
+    if not names <= files.splits.keys():
+        raise _no_split(config, files.splits)
+    lengths = {name: sum(1 for _ in rows(name, Counter())) for name in names}
     try:
-        builder = datasets.load_dataset_builder(name, config.subset, revision=commit, cache_dir=cache)
+        parts = datasets.ReadInstruction.from_spec(config.split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"prompts.split {config.split!r} is not readable: {error}",
+            where="prompts.split",
+            remedy="write it as train, train[:100], train[10%:50%] or train+test",
+        ) from None
+    for part in parts:
+        yield from islice(rows(part.splitname, notes), part.from_, part.to)
+
+
+def _from_library(config: PromptsConfig, builder: Any) -> Iterator[RawRow]:
+    dataset = _open(config, builder)
+    where = f"{config.name}[{config.split}]"
+    # A stream may not know its columns before its first row.
+    known = dataset.column_names or list(next(iter(dataset), {}))
+    columns = check_columns(known, config, where)
+    number = 0
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
+        for row in table_rows(batch):
+            yield row, f"{where} row {number}"
+            number += 1
+
+
+def _builder(config: PromptsConfig, commit: str | None, cache: str | None) -> Any:
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(
+            config.name or "", config.subset, revision=commit, cache_dir=cache
+        )
+    except Exception as error:  # the library raises families of its own and of the hub's client
+        raise _cannot_load(config, error) from error
+    if commit is not None and builder.hash != commit:
+        raise DataError(
+            f"the cached copy of {config.name!r} is {builder.hash}, asked for {commit}",
+            where="prompts.revision",
+            remedy="load it once with the hub in reach, or set prompts.revision to the copy's commit",
+        )
+    return builder
+
+
+def _open(config: PromptsConfig, builder: Any) -> Any:
+    """The split as the library reads it."""
+    try:
         if config.streaming:
             known = [str(split) for split in builder.as_streaming_dataset()]
         else:
             builder.download_and_prepare()
             known = [str(split) for split in builder.info.splits or {}]
         if re.split(r"[\[+]", config.split)[0] not in known:
-            raise DataError(
-                f"data set {name!r} has no split {config.split!r}",
-                where="prompts.split",
-                remedy=f"it has {', '.join(known)}",
-            )
+            raise _no_split(config, known)
         open_split = builder.as_streaming_dataset if config.streaming else builder.as_dataset
-        dataset = open_split(split=config.split)
+        return open_split(split=config.split)
     except DataError:
         raise
     except Exception as error:  # the library raises families of its own and of the hub's client
-        raise DataError(
-            f"cannot load data set {name!r}: {_brief(error)}",
-            where="prompts.name",
-            remedy="check name, revision and connection, or save the rows as JSONL or Parquet (kind 'file')",
-        ) from error
-    if commit is not None and builder.hash != commit:
-        raise DataError(
-            f"the cached copy of {name!r} is {builder.hash}, asked for {commit}",
-            where="prompts.revision",
-            remedy="load it once with the hub in reach, or set prompts.revision to the copy's commit",
-        )
-    if commit is not None and commit != config.revision:
-        # Loaded by its commit, the library does not note which branch that was; offline runs ask for it.
-        ref = _ref(name, config.revision)
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(commit)
-    return dataset
+        raise _cannot_load(config, error) from error
+
+
+def _no_split(config: PromptsConfig, known: Iterable[str]) -> DataError:
+    return DataError(
+        f"data set {config.name!r} has no split {config.split!r}",
+        where="prompts.split",
+        remedy=f"it has {', '.join(known)}",
+    )
+
+
+def _cannot_load(config: PromptsConfig, error: Exception) -> DataError:
+    return DataError(
+        f"cannot load data set {config.name!r}: {_brief(error)}",
+        where="prompts.name",
+        remedy="check name, revision and connection, or save the rows as JSONL or Parquet (kind 'file')",
+    )
 
 
 def _resolve(name: str, revision: str | None) -> str:

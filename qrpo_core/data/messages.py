@@ -1,15 +1,17 @@
-"""Conversations as data sets hold them: lists of messages with role and content, and what is refused.
+"""Conversations as data sets hold them, brought to one form, and what is refused.
 
-Every problem is a DataError with the row's place and a remedy.
+A conversation is a list of messages, or one message alone. A message has role and content, or (ShareGPT)
+from and value; its content is a string or a list of text parts. Every problem is a DataError with the row's
+place and a remedy.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from qrpo_core.data.fields import kind, nearest
 from qrpo_core.errors import DataError
 
 Message = dict[str, str]
@@ -17,81 +19,108 @@ Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 
 #: Keys of a message that change what the model reads; without them it would be another conversation.
-_CONTENT_KEYS = ("tool_calls", "tool_call_id", "function_call")
+_CONTENT_KEYS = {
+    **dict.fromkeys(("tool_calls", "tool_call_id", "function_call", "tools"), "conversations with tools"),
+    **dict.fromkeys(("image", "images", "image_url", "audio", "audios", "video", "videos"), "media"),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "thoughts outside the content"),
+}
+
+#: Who speaks in ShareGPT's messages.
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
 #: Spellings of other formats, for the remedy only.
-_OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-_OTHER_KEYS = {"from": "role", "value": "content"}
+_OTHER_ROLES = {
+    **_SHAREGPT,
+    "model": "assistant",
+    "developer": "system",
+    "prompter": "user",
+    "tool": "",
+    "function": "",
+    "observation": "",
+    "function_call": "",
+}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest known one, or the known ones."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return f"known here: {', '.join(names[:20])}{more}"
+def is_message(value: Any) -> bool:
+    """Whether a value has the keys of a message."""
+    return isinstance(value, Mapping) and ({"role", "content"} <= value.keys() or _is_sharegpt(value))
 
 
-def field(row: Mapping[str, Any], name: str, source: str) -> Any:
-    """The value of a field that a row must have; DataError with the nearest name where it is absent."""
-    try:
-        return row[name]
-    except KeyError:
-        raise DataError(f"no field {name!r}", where=source, remedy=nearest(name, row)) from None
-
-
-def read_messages(value: list[Any], source: str, name: str, notes: Counter[str]) -> list[Message]:
-    """Check a list of messages; `name` says in errors which value of the row it is.
+def read_messages(value: Any, source: str, name: str, notes: Counter[str]) -> list[Message]:
+    """Check a list of messages, or one message; `name` says in errors which value of the row it is.
 
     A message keeps role and content alone; other keys that hold something are counted in `notes` as
     ignored_message_keys, or refused where the conversation means something else without them.
     """
+    if isinstance(value, Mapping):
+        return [_message(value, source, name, notes)]
     messages = []
     for number, message in enumerate(value):
-        place = f"{name}, message {number}"
+        place = f"{name}, message {number},"
         if not isinstance(message, Mapping):
             raise DataError(
-                f"{place}, is {kind(message)}", where=source, remedy="a message has role and content"
+                f"{place} is {kind(message)}", where=source, remedy="a message has role and content"
             )
         messages.append(_message(message, source, place, notes))
     return messages
 
 
+def _is_sharegpt(message: Mapping[str, Any]) -> bool:
+    return "role" not in message and {"from", "value"} <= message.keys()
+
+
 def _message(message: Mapping[str, Any], source: str, place: str, notes: Counter[str]) -> Message:
+    if _is_sharegpt(message):
+        others = {key: value for key, value in message.items() if key not in ("from", "value", "content")}
+        speaker = message["from"]
+        message = others | {"role": _SHAREGPT.get(speaker, speaker), "content": message["value"]}
     for key in ("role", "content"):
         if key not in message:
-            other = next(
-                (name for name, means in _OTHER_KEYS.items() if means == key and name in message), ""
-            )
-            remedy = (
-                f"rename {other!r} to {key!r}" if other else f"its keys are {', '.join(message) or 'none'}"
-            )
-            raise DataError(f"{place}, has no {key}", where=source, remedy=remedy)
-        if not isinstance(message[key], str):
             raise DataError(
-                f"{key} of {place}, is {kind(message[key])}", where=source, remedy="it must be a string"
+                f"{place} has no {key}", where=source, remedy=f"its keys are {', '.join(message) or 'none'}"
             )
-    role = message["role"]
-    if role not in ROLES:
-        meant = _OTHER_ROLES.get(role)
-        remedy = f"did you mean {meant!r}?" if meant else nearest(role, ROLES)
-        raise DataError(f"unknown role {role!r} in {place}", where=source, remedy=remedy)
     for key in message:
         if key in ("role", "content") or message[key] is None:
             continue
         if key in _CONTENT_KEYS and message[key]:
             raise DataError(
-                f"{place}, has {key}", where=source, remedy="conversations with tools are not covered"
+                f"{place} has {key}", where=source, remedy=f"{_CONTENT_KEYS[key]} are not covered"
             )
         notes["ignored_message_keys"] += 1
-    return {"role": role, "content": message["content"]}
+    return {"role": _role(message["role"], source, place), "content": _content(message, source, place)}
 
 
-def kind(value: Any) -> str:
-    """What a value is, in the words of JSON, for messages."""
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return names.get(type(value), f"a {type(value).__name__}")
+def _role(role: Any, source: str, place: str) -> str:
+    if role in ROLES:
+        return str(role)
+    meant = _OTHER_ROLES.get(role) if isinstance(role, str) else None
+    if meant == "":
+        remedy = "conversations with tools are not covered"
+    else:
+        remedy = f"did you mean {meant!r}?" if meant else nearest(str(role), ROLES)
+    raise DataError(f"unknown role {role!r} in {place.rstrip(',')}", where=source, remedy=remedy)
+
+
+def _content(message: Mapping[str, Any], source: str, place: str) -> str:
+    """A string, or the strings of text parts one after the other, as chat templates write them."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise DataError(
+            f"content of {place} is {kind(content)}",
+            where=source,
+            remedy="it must be a string or a list of text parts",
+        )
+    texts = []
+    for number, part in enumerate(content):
+        of = part if isinstance(part, Mapping) else {}
+        if of.get("type") != "text" or not isinstance(of.get("text"), str):
+            form = f"of type {of['type']!r}" if "type" in of else kind(part)
+            raise DataError(
+                f"part {number} of the content of {place} is {form}",
+                where=source,
+                remedy='only text is covered: parts are {"type": "text", "text": ...}',
+            )
+        texts.append(of["text"])
+    return "".join(texts)

@@ -1,32 +1,54 @@
-"""Rows of files and hub data sets, as mappings with their place.
+"""Rows of files, as mappings with their place. Local or remote (s3://, hf://), by fsspec.
 
-JSON Lines (.jsonl, .ndjson, each also .gz) and Parquet are read through fsspec, so a path may be local or
-s3://. Places are `path:line` (1-based, as editors count) for JSON Lines and `path row i` (0-based, as
-tables count) for Parquet.
+JSON Lines and JSON arrays (.jsonl, .ndjson, .json), CSV (.csv, .tsv), each also .gz, .bz2 or .xz, and
+Parquet. The data sets of kind hub go through the same readers where they are such files.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qrpo_core import ids
-from qrpo_core.config import PromptsConfig
-from qrpo_core.data.messages import nearest
-from qrpo_core.data.rows import check_columns
+from qrpo_core.data.arrow_rows import read_parquet
+from qrpo_core.data.config import PromptsConfig
+from qrpo_core.data.fields import nearest
+from qrpo_core.data.text_rows import RawRow, read_csv, read_json
 from qrpo_core.errors import DataError, QRPOError
 
-#: The fields of a row, or why it cannot be read; and its place.
-RawRow = tuple[dict[str, Any] | DataError, str]
+__all__ = ["RawRow", "Source", "file_digest", "read_file", "read_source"]
 
-_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-_PARQUET = (".parquet",)
-_BATCH = 4096
+Format = Literal["json", "csv", "parquet"]
+
+_FORMATS: dict[str, tuple[Format, str]] = {
+    ".jsonl": ("json", ""),
+    ".ndjson": ("json", ""),
+    ".json": ("json", ""),
+    ".csv": ("csv", ","),
+    ".tsv": ("csv", "\t"),
+    ".parquet": ("parquet", ""),
+}
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of rows.
+
+    address : where it lies, for fsspec. shown : how places call it. format : what it is.
+    delimiter : of CSV. key : of JSON, the field of one object that holds the rows.
+    """
+
+    address: str
+    shown: str
+    format: Format
+    delimiter: str = ","
+    key: str | None = None
 
 
 def read_file(
@@ -38,22 +60,41 @@ def read_file(
     DataError for a file that is missing, not readable or of an unknown format.
     """
     path = config.path or ""
-    if path.endswith(_LINES):
-        rows = _read_lines(path, storage_options, notes)
-    elif path.endswith(_PARQUET):
-        rows = _read_parquet(path, config, storage_options)
-    else:
+    ending = Path(path.removesuffix(_packed(path))).suffix
+    if ending not in _FORMATS or (ending == ".parquet" and _packed(path)):
         raise DataError(
             f"unknown format of {path!r}",
             where="prompts.path",
-            remedy=f"name it {', '.join((*_LINES, *_PARQUET))}",
+            remedy=f"name it {', '.join(_FORMATS)}; texts also with {', '.join(_PACKED)}",
         )
+    form, delimiter = _FORMATS[ending]
+    yield from read_source(Source(path, path, form, delimiter), config, storage_options, notes)
+
+
+def read_source(
+    source: Source, config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str]
+) -> Iterator[RawRow]:
+    """Rows of one file, as `read_file` gives them."""
+    import fsspec
+
+    address = source.address
     try:
-        yield from rows
+        fs, inner, _ = _locate(address, storage_options)
+        with fsspec.core.OpenFile(fs, inner, "rb", compression=_PACKED.get(_packed(address))) as stream:
+            if source.format == "json":
+                yield from read_json(stream, source.shown, notes, source.key)
+            elif source.format == "csv":
+                yield from read_csv(stream, source.shown, config, source.delimiter)
+            else:
+                yield from read_parquet(stream, source.shown, config)
     except QRPOError:
         raise
     except Exception as error:  # fsspec back ends raise families of their own
-        raise _unreadable(path, error) from error
+        raise _unreadable(source.shown, error) from error
+
+
+def _packed(path: str) -> str:
+    return next((ending for ending in _PACKED if path.endswith(ending)), "")
 
 
 def file_digest(path: str, storage_options: dict[str, Any] | None) -> str:
@@ -100,80 +141,6 @@ def _siblings(path: str) -> str:
     folder = Path(path).parent
     if "://" in path or not folder.is_dir():
         return "give the path of a file that exists"
-    names = [entry.name for entry in folder.iterdir() if entry.name.endswith((*_LINES, *_PARQUET))]
+    endings = (*_FORMATS, *_PACKED)
+    names = [entry.name for entry in folder.iterdir() if entry.name.endswith(endings)]
     return nearest(Path(path).name, names) if names else "give the path of a file that exists"
-
-
-def _read_lines(path: str, storage_options: dict[str, Any] | None, notes: Counter[str]) -> Iterator[RawRow]:
-    import fsspec
-
-    fs, inner, _ = _locate(path, storage_options)
-    with fsspec.core.OpenFile(fs, inner, "rb", compression="gzip" if path.endswith(".gz") else None) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.isspace() or not line:
-                notes["blank_lines"] += 1
-                continue
-            place = f"{path}:{number}"
-            try:
-                row: dict[str, Any] | DataError = _parse_line(line, place)
-            except DataError as error:
-                row = error
-            yield row, place
-
-
-def _parse_line(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = _DECODER.decode(line.decode().rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"the row is not UTF-8 at byte {error.start}", where=place, remedy="save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"the row is not JSON: {error.msg} at column {error.colno}",
-            where=place,
-            remedy="one JSON object a line",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"the row is not readable: {error}", where=place, remedy="one JSON object a line"
-        ) from None
-    if not isinstance(row, dict):
-        raise DataError("the row is not an object", where=place, remedy='write {"prompt": ...} on every line')
-    return row
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {twice!r} stands twice")
-    return value
-
-
-#: Made once: json.loads would make one for every row.
-_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
-
-
-def _read_parquet(
-    path: str, config: PromptsConfig, storage_options: dict[str, Any] | None
-) -> Iterator[RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fs, inner, _ = _locate(path, storage_options)
-    with fs.open(inner, "rb") as stream:
-        try:
-            file = pq.ParquetFile(stream)
-        except pa.ArrowInvalid as error:
-            raise DataError(
-                f"not a Parquet file: {error}", where=path, remedy="check that it is whole"
-            ) from None
-        columns = check_columns(file.schema_arrow.names, config, path)
-        number = 0
-        for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
-            for row in batch.to_pylist():
-                yield row, f"{path} row {number}"
-                number += 1

@@ -11,9 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qrpo_core.config import PromptsConfig
 from qrpo_core.data.completions import Completion, read_completions, shared_turns
-from qrpo_core.data.messages import Message, field, kind, nearest, read_messages
+from qrpo_core.data.config import PromptsConfig
+from qrpo_core.data.fields import ABSENT, column, field, kind, lookup, nearest
+from qrpo_core.data.grades import Grade, grades_of
+from qrpo_core.data.messages import Message, is_message, read_messages
+from qrpo_core.data.strings import read_string
 from qrpo_core.errors import DataError
 
 __all__ = ["Message", "Row", "check_columns", "check_prompt", "nearest", "parse_row"]
@@ -26,14 +29,14 @@ class Row:
     messages : the conversation, ending with a user turn.
     source : where it stands, for people.
     reference : what a verifier checks against, any JSON value; None for none.
-    pair : (chosen, rejected) completions, or None.
+    pair : (chosen, rejected), or None.
     completions : further completions, graded or not.
     """
 
     messages: list[Message]
     source: str
     reference: Any = None
-    pair: tuple[str, str] | None = None
+    pair: tuple[Completion, Completion] | None = None
     completions: tuple[Completion, ...] = ()
 
 
@@ -52,12 +55,12 @@ def parse_row(row: Mapping[str, Any], source: str, config: PromptsConfig, notes:
         reference = {name: field(row, name, source) for name in config.reference_fields}
     completions = read_completions(row, source, config, notes)
     prefix, place = shared_turns(completions, source)
-    given = row.get(config.prompt_field)
-    if given is None and prefix and "prompt_field" not in config.model_fields_set:
+    given = lookup(row, config.prompt_field)
+    if (given is None or given is ABSENT) and prefix and "prompt_field" not in config.model_fields_set:
         messages = prefix
     else:
         given = field(row, config.prompt_field, source)
-        messages = _prompt(given, source, config.prompt_field, notes)
+        messages = _prompt(given, source, config, notes)
         if prefix and prefix != messages:
             # A prompt string states the user turn alone; the conversation may add the system turn to it.
             if not isinstance(given, str) or [m for m in prefix if m["role"] != "system"] != messages:
@@ -67,10 +70,11 @@ def parse_row(row: Mapping[str, Any], source: str, config: PromptsConfig, notes:
                     remedy=f"the turns before the last one must be those of {config.prompt_field!r}",
                 )
             messages = prefix
+    messages = _with_system(messages, row, source, config)
     check_prompt(messages, source, config.prompt_field)
     if config.completion_fields:
         return Row(messages, source, reference, completions=tuple(completions))
-    pair = (completions[0].text, completions[1].text) if completions else None
+    pair = (completions[0], completions[1]) if completions else None
     return Row(messages, source, reference, pair)
 
 
@@ -94,27 +98,77 @@ def check_prompt(messages: list[Message], source: str, name: str) -> None:
 def check_columns(columns: Iterable[str], config: PromptsConfig, where: str) -> list[str]:
     """The columns to read of a table that has `columns`; a named one that is absent is a DataError.
 
-    The prompt may be absent where conversations in the completions hold it and its name was not set.
+    The prompt may be absent where conversations in the completions hold it and its name was not set. Grades
+    of completions may stand inside them.
     """
     known = list(columns)
-    wanted = [config.prompt_field, config.reference_field, config.chosen_field, config.rejected_field]
+    wanted = [config.prompt_field, config.system_field, config.reference_field]
+    wanted += [config.chosen_field, config.rejected_field]
+    wanted += [
+        Grade.signed(name).name
+        for name in (config.chosen_reward_field, config.rejected_reward_field)
+        if name is not None
+    ]
     wanted += [*config.reference_fields, *config.completion_fields]
+    inner = [grade.name for grades in grades_of(config) for grade in grades]
     answered = config.chosen_field is not None or bool(config.completion_fields)
-    optional = answered and "prompt_field" not in config.model_fields_set
-    found = []
-    for name in wanted:
-        if name in known:
-            found.append(name)
-        elif name is not None and not (optional and name == config.prompt_field):
+    optional = set(inner)
+    if answered and "prompt_field" not in config.model_fields_set:
+        optional.add(config.prompt_field)
+    found: list[str] = []
+    for name in dict.fromkeys([*wanted, *inner]):
+        if name is None:
+            continue
+        root = column(name, known)
+        if root in known:
+            found += [root] if root not in found else []
+        elif name not in optional:
             raise DataError(f"no column {name!r}", where=where, remedy=nearest(name, known))
     return found
 
 
-def _prompt(value: Any, source: str, name: str, notes: Counter[str]) -> list[Message]:
+def _prompt(value: Any, source: str, config: PromptsConfig, notes: Counter[str]) -> list[Message]:
+    name = config.prompt_field
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if isinstance(value, list):
+        found = read_string(value, config.string_format, source, repr(name), notes)
+        if isinstance(found, list):
+            return found
+        if config.string_format in ("json", "transcript"):
+            raise DataError(
+                f"{name!r} is a string that is no {config.string_format} of turns",
+                where=source,
+                remedy="prompts.string_format says what every prompt is; mend or remove the row",
+            )
+        return [{"role": "user", "content": found}]
+    if isinstance(value, list) or is_message(value):
         return read_messages(value, source, repr(name), notes)
     raise DataError(
-        f"{name!r} is {kind(value)}", where=source, remedy="a prompt is a string or a list of messages"
+        f"{name!r} is {kind(value)}",
+        where=source,
+        remedy="a prompt is a string, a message or a list of messages",
     )
+
+
+def _with_system(
+    messages: list[Message], row: Mapping[str, Any], source: str, config: PromptsConfig
+) -> list[Message]:
+    """The conversation behind the system turn of the row's own column, where it has one."""
+    if config.system_field is None:
+        return messages
+    system = field(row, config.system_field, source)
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise DataError(
+            f"{config.system_field!r} is {kind(system)}", where=source, remedy="a system turn is a string"
+        )
+    turn = {"role": "system", "content": system}
+    if messages[:1] == [turn]:
+        return messages
+    if any(message["role"] == "system" for message in messages):
+        raise DataError(
+            f"the prompt has a system turn, and {config.system_field!r} another one",
+            where=source,
+            remedy="remove prompts.system_field or the system turn of the prompt",
+        )
+    return [turn, *messages]

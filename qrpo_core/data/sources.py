@@ -9,21 +9,25 @@ kind: reasoning_gym
     keeps the earlier ones. The reference holds the task's entry, for the task's own scorer.
 
 kind: file
-    JSON Lines (.jsonl, .ndjson, also .gz) or Parquet at `path`, local or s3://. `prompt_field` holds a
-    string (one user turn) or a list of messages with role (system, user, assistant) and content, ending
-    with a user turn. `reference_field`, if named, holds any JSON value; an explicit null is a row without.
+    JSON Lines, a JSON array, CSV or Parquet at `path` (readers.py), local or s3://. The name of a field may
+    be a path of keys joined by dots. `prompt_field` holds a string (one user turn), or a message or a list
+    of messages (messages.py), ending with a user turn; `system_field`, if named, the system turn before it.
+    `reference_field`, if named, holds any JSON value; an explicit null is a row without.
     `reference_fields`, if named, make an object of several columns the reference.
-    `chosen_field` and `rejected_field`, if named, hold completions: a string, a list with the
-    assistant's turn alone, or the whole conversation, whose turns before the last must be the prompt's.
+    `chosen_field` and `rejected_field`, if named, hold completions: a string, one assistant's message, a
+    list with it alone, or the whole conversation, whose turns before the last must be the prompt's.
     `completion_fields`, if named, are columns of further completions: each a completion as above, a
-    mapping that holds one under `completion_text_field`, a list of either, or null. The mapping's reward
-    stands under `completion_reward_field`, if named: a number, true or false (1 or 0), or null for none;
-    its other keys are not read.
-    Where they are conversations the prompt field may be absent, unless prompts.prompt_field was set.
+    mapping that holds one under `completion_text_field`, a list of either, or null.
+    Grades (grades.py) stand in such a mapping, in a column beside a completion, or in a list in step with a
+    list of completions; which is said by `completion_reward_field`, by `completion_reward_fields` (one for
+    each of `completion_fields`), by `completion_reward_weights` (a weighted sum), and for pairs by
+    `chosen_reward_field` and `rejected_reward_field`. A minus before a name: less is better.
+    Where completions are conversations the prompt field may be absent, unless prompts.prompt_field was set.
+    `string_format` says what strings hold (strings.py).
 
 kind: hub
-    A Hugging Face data set by `name`, `revision`, `subset` and `split`, or a local data set directory; fields
-    as in kind file. With `streaming` rows are read as they arrive.
+    A Hugging Face data set by `name`, `revision`, `subset` and `split`, or a local data set directory; files
+    and fields as in kind file. With `streaming` rows are read as they arrive.
 
 For all kinds `system` is put before prompts that have no system turn (and makes them other prompts), equal
 prompts are merged with their completions, unequal references of one prompt are refused, and `limit` keeps
@@ -41,7 +45,8 @@ from typing import Any
 import pyarrow as pa
 
 from qrpo_core import ids
-from qrpo_core.config import PromptsConfig
+from qrpo_core.data.completions import Completion
+from qrpo_core.data.config import PromptsConfig
 from qrpo_core.data.generated import draw_tasks, draw_templates
 from qrpo_core.data.hub import hub_identity, read_hub
 from qrpo_core.data.readers import file_digest, read_file
@@ -67,9 +72,12 @@ class PromptSet:
         came before, with an equal reference), filtered (prompts beyond `limit`, all their first rows),
         prompts, train, held_out. read = prompts + merged + filtered. Where they occur, over all rows:
         blank_lines, without_reference, without_pair, equal_pairs (chosen and rejected are the same text;
-        they are kept), without_completions, ungraded_completions (reward null where one is asked for),
-        empty_completions, ignored_message_keys, unreadable_rows (left out by `on_unusable`, not in read); over the prompts within `limit`: repeated_pairs and
-        repeated_completions (equal to an earlier one of the same prompt; they are taken once).
+        they are kept), without_completions, ungraded_completions (no reward where one is asked for),
+        empty_completions, ignored_message_keys, unreadable_rows (left out by `on_unusable`, not in read);
+        over the prompts within `limit`: equal_but_for_space
+        (prompts that differ from an earlier one in white space alone; they are kept, and may lie on the
+        other side of the split), repeated_pairs and repeated_completions (equal to an earlier one of the
+        same prompt; they are taken once).
     """
 
     prompts: pa.Table
@@ -82,8 +90,8 @@ def load_prompts(config: PromptsConfig, storage_options: dict[str, Any] | None =
 
     `storage_options` go to fsspec for a path with a protocol (s3://) and are not used otherwise.
     Raises ConfigError for a source that cannot be meant, and DataError for one that cannot be read:
-    missing, empty, unreadable rows (all of them, with their places), unequal references of one prompt or rewards of one
-    completion, or a split that leaves nothing to train on or nothing to evaluate on.
+    missing, empty, unreadable rows (all of them, with their places), unequal references of one prompt or
+    rewards of one completion, or a split that leaves nothing to train on or nothing to evaluate on.
     """
     notes: Counter[str] = Counter()
     table = _Table(config)
@@ -126,7 +134,7 @@ def _read(
     config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str]
 ) -> Iterator[Row]:
     """The rows of a file or a data set; those that cannot be read are told together, or left out."""
-    raw = read_file(config, storage_options, notes) if config.kind == "file" else read_hub(config)
+    raw = read_file(config, storage_options, notes) if config.kind == "file" else read_hub(config, notes)
     bad: list[DataError] = []
     good = 0
     for fields, source in raw:
@@ -167,6 +175,8 @@ class _Table:
         self.rows: list[tuple[Any, ...]] = []
         #: Of every prompt: digest of its reference, its first place, whether it is within the limit.
         self.seen: dict[str, tuple[str, str, bool]] = {}
+        #: Digests of the prompts without regard to white space.
+        self.spaceless: set[str] = set()
         self.offline = _Offline()
 
     def add(self, row: Row) -> None:
@@ -179,6 +189,7 @@ class _Table:
             kept = self.config.limit is None or self.counts["prompts"] < self.config.limit
             self.seen[prompt] = before = (digest, row.source, kept)
             if kept:
+                self._count_twin(messages)
                 self._keep(prompt, messages, reference, digest, row.source)
         elif before[0] != digest:
             raise DataError(
@@ -199,6 +210,12 @@ class _Table:
         if len(self.rows) == _CHUNK:
             self._flush()
 
+    def _count_twin(self, messages: list[Message]) -> None:
+        """Count a prompt that is an earlier one but for white space: both are kept."""
+        bare = ids.prompt_id([turn | {"content": " ".join(turn["content"].split())} for turn in messages])
+        self.counts["equal_but_for_space"] += bare in self.spaceless
+        self.spaceless.add(bare)
+
     def _flush(self) -> None:
         self.chunks.append(_from_rows(self.rows, PROMPTS))
         self.rows.clear()
@@ -208,6 +225,7 @@ class _Table:
         self._flush()
         repeated = notes.pop("repeated", 0)
         notes.update(self.offline.counts)
+        notes["equal_but_for_space"] = self.counts["equal_but_for_space"]
         counts = {
             "read": self.read + repeated,
             "merged": self.read - len(self.seen) + repeated,
@@ -227,45 +245,54 @@ class _Offline:
         self.counts = Counter[str]()
         #: Of every prompt: its pairs, and the place of each.
         self.pairs: dict[str, dict[tuple[str, str], str]] = {}
-        #: Of every prompt: its further completions, and the reward and the place of each.
-        self.graded: dict[str, dict[str, tuple[float | None, str]]] = {}
+        #: Of every prompt: its further completions in their order.
+        self.graded: dict[str, list[str]] = {}
+        #: Of every prompt: its completions, and the reward and the place of each.
+        self.rewards: dict[str, dict[str, tuple[float | None, str]]] = {}
 
     def add(self, prompt: str, row: Row) -> None:
         """Take the completions of one row; DataError for one that came before with another reward."""
         if row.pair is not None:
+            for completion in row.pair:
+                self._first(prompt, completion, row.source)
             pairs = self.pairs.setdefault(prompt, {})
-            self.counts["repeated_pairs"] += row.pair in pairs
-            pairs.setdefault(row.pair, row.source)
-        if not row.completions:
-            return
-        known = self.graded.setdefault(prompt, {})
+            texts = (row.pair[0].text, row.pair[1].text)
+            self.counts["repeated_pairs"] += texts in pairs
+            pairs.setdefault(texts, row.source)
         for completion in row.completions:
-            text, reward = completion.text, completion.reward
-            before = known.get(text)
-            if before is None:
-                known[text] = (reward, f"{row.source}, {completion.place}")
-            elif before[0] == reward:
-                self.counts["repeated_completions"] += 1
+            if self._first(prompt, completion, row.source):
+                self.graded.setdefault(prompt, []).append(completion.text)
             else:
-                raise DataError(
-                    f"the completion of {before[1]} stands in {completion.place} with the reward "
-                    f"{_grade(reward)}, there with {_grade(before[0])}",
-                    where=row.source,
-                    remedy="keep one of the two, or give both the same reward",
-                )
+                self.counts["repeated_completions"] += 1
+
+    def _first(self, prompt: str, completion: Completion, source: str) -> bool:
+        """Whether the completion is new to its prompt."""
+        known, reward = self.rewards.setdefault(prompt, {}), completion.reward
+        before = known.get(completion.text)
+        if before is None:
+            known[completion.text] = (reward, f"{source}, {completion.place}")
+        elif before[0] != reward:
+            raise DataError(
+                f"the completion of {before[1]} stands in {completion.place} with the reward "
+                f"{_grade(reward)}, there with {_grade(before[0])}",
+                where=source,
+                remedy="keep one of the two, or give both the same reward",
+            )
+        return before is None
 
     def table(self) -> pa.Table:
         """Table OFFLINE; DataError where two different texts of one prompt have the same number."""
         rows: list[tuple[Any, ...]] = []
         for prompt, pairs in self.pairs.items():
+            rewards = self.rewards[prompt]
             sides = [
-                (text, label, number, None, source)
+                (text, label, number, rewards[text][0], source)
                 for number, (pair, source) in enumerate(pairs.items())
                 for text, label in zip(pair, ("chosen", "rejected"), strict=True)
             ]
             rows += _numbered(prompt, sides)
-        for prompt, known in self.graded.items():
-            rows += _numbered(prompt, [(text, "", None, *graded) for text, graded in known.items()])
+        for prompt, texts in self.graded.items():
+            rows += _numbered(prompt, [(text, "", None, *self.rewards[prompt][text]) for text in texts])
         return check_table(_from_rows(rows, OFFLINE), OFFLINE, "offline completions")
 
 
@@ -305,9 +332,7 @@ def _names(row: Row, messages: list[Message]) -> tuple[str, str | None, str]:
     """(prompt_id, reference as canonical JSON or None, its digest or "")."""
     try:
         prompt = ids.prompt_id(messages)
-        for text in row.pair or ():
-            text.encode()
-        for completion in row.completions:
+        for completion in (*(row.pair or ()), *row.completions):
             completion.text.encode()
         if row.reference is None:
             return prompt, None, ""

@@ -143,7 +143,9 @@ class GivenRewards:
 
     def read(self) -> pa.Table:
         """REWARDS rows; a completion without a grade has status parse_error."""
-        rows = self.completions.rows
+        # A completion stands once for each of its pairs, with one reward.
+        names = ["prompt_id", "sample_index", "reward"]
+        rows = self.completions.rows.select(names).group_by(names, use_threads=False).aggregate([])
         given = rows["reward"].is_valid()
         status = pc.if_else(given, "ok", "parse_error")
         empty = pa.array([""] * len(rows), pa.string())

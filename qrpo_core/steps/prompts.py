@@ -18,7 +18,7 @@ from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.objects import s3_options
 from qrpo_core.store.recipe import Recipe
 
-VERSION = 2
+VERSION = 3
 
 
 def recipe(workspace: Workspace) -> Recipe:

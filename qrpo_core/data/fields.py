@@ -1,0 +1,70 @@
+"""Values of a row by the names that the config gives: a key, or a path of keys joined by dots."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qrpo_core.errors import DataError
+
+#: What `lookup` returns where a row has no such field; null is a value.
+ABSENT: Any = object()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown name: the nearest known one, or the known ones."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"known here: {', '.join(names[:20])}{more}"
+
+
+def lookup(row: Mapping[str, Any], name: str) -> Any:
+    """The value under a key, or under keys joined by dots; ABSENT where there is none.
+
+    A key that holds the dots itself goes first. What lies below a null is null.
+    """
+    if name in row:
+        return row[name]
+    value: Any = row
+    for key in name.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or key not in value:
+            return ABSENT
+        value = value[key]
+    return value
+
+
+def field(row: Mapping[str, Any], name: str, source: str) -> Any:
+    """The value of a field that a row must have; DataError with the nearest name where it is absent."""
+    value = lookup(row, name)
+    if value is ABSENT:
+        raise DataError(f"no field {name!r}", where=source, remedy=nearest(name, _names(row, name)))
+    return value
+
+
+def column(name: str, columns: Iterable[str]) -> str:
+    """The column of a table in which a name begins."""
+    return name if name in columns else name.split(".")[0]
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of JSON, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "an object"
+    names = {list: "a list", str: "a string", bool: "true or false", int: "an integer", float: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _names(row: Mapping[str, Any], name: str) -> list[str]:
+    """Names that could have been meant: keys, and behind a dot the keys one level down."""
+    if "." not in name:
+        return list(row)
+    inner = [f"{key}.{below}" for key, value in row.items() if isinstance(value, Mapping) for below in value]
+    return [*row, *inner]
