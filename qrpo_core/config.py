@@ -107,8 +107,8 @@ class StoreConfig(Section):
     )
     tries: PositiveInt = Field(
         3,
-        description="How many runs ask for a row whose status can pass (endpoint_error, timeout, sandbox_error) "
-        "before they take it as it is. A larger number asks again.",
+        description="How many runs ask for a row whose status can pass (endpoint_error, timeout, "
+        "sandbox_error) before they take it as it is. A larger number asks again.",
     )
     retry_seconds: NonNegativeFloat = Field(
         60.0, description="s3: longest time that one call goes on trying against errors that pass."

@@ -157,7 +157,8 @@ def _answer(
     if isinstance(value, str):
         value = read_string(value, config.string_format, source, place, notes)
         if isinstance(value, str):
-            return [], value
+            # The space behind "Assistant:" belongs to the transcript.
+            return [], value.strip() if config.string_format == "transcript" else value
         messages = value
     elif isinstance(value, list) or is_message(value):
         messages = read_messages(value, source, place, notes)

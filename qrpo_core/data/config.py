@@ -31,8 +31,8 @@ class PromptsConfig(Section):
     limit: PositiveInt | None = Field(None, description="Take at most this many prompts, in source order.")
     on_unusable: Literal["refuse", "skip"] = Field(
         "refuse",
-        description="Rows that cannot be used (unreadable, too long for the model, refused by the chat template "
-        "or by the reward): refuse to run and name them all, or leave them out and count them.",
+        description="Rows that cannot be used (unreadable, too long for the model, refused by the chat "
+        "template or by the reward): refuse to run and name them all, or leave them out and count them.",
     )
     # kind: template
     templates: tuple[str, ...] = Field((), description="template: sentences with {slots}.")

@@ -24,7 +24,7 @@ from typing import Any
 from qrpo_core import ids
 from qrpo_core.data.arrow_rows import table_rows
 from qrpo_core.data.config import PromptsConfig
-from qrpo_core.data.hub_files import Files, recall, remember, sources_of
+from qrpo_core.data.hub_files import Files, recall, remember, sources_of, unknown_copy
 from qrpo_core.data.readers import RawRow, read_source
 from qrpo_core.data.rows import check_columns
 from qrpo_core.errors import DataError
@@ -51,13 +51,15 @@ def read_hub(config: PromptsConfig, notes: Counter[str]) -> Iterator[RawRow]:
     Raises DataError for a data set, revision or split that is not there, and for a missing column.
     """
     commit = hub_identity(config).get("commit")
-    files = None if commit is None else recall(config, commit)
+    known, files = (False, None) if commit is None else recall(config, commit)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         builder = None
         if files is None:
             builder = _builder(config, commit, None if commit else folder)
-            files = sources_of(config, builder)
-            if files is not None and commit is not None:
+            if commit is not None and (builder.hash != commit or (builder.name == "cache" and not known)):
+                raise unknown_copy(config, commit)
+            files = None if known else sources_of(config, builder)
+            if commit is not None:
                 remember(config, commit, files)
         if commit is not None and commit != config.revision:
             # Loaded by its commit, the library does not note which branch that was; offline runs ask for it.
@@ -116,18 +118,11 @@ def _builder(config: PromptsConfig, commit: str | None, cache: str | None) -> An
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(
+        return datasets.load_dataset_builder(
             config.name or "", config.subset, revision=commit, cache_dir=cache
         )
     except Exception as error:  # the library raises families of its own and of the hub's client
         raise _cannot_load(config, error) from error
-    if commit is not None and builder.hash != commit:
-        raise DataError(
-            f"the cached copy of {config.name!r} is {builder.hash}, asked for {commit}",
-            where="prompts.revision",
-            remedy="load it once with the hub in reach, or set prompts.revision to the copy's commit",
-        )
-    return builder
 
 
 def _open(config: PromptsConfig, builder: Any) -> Any:

@@ -73,22 +73,37 @@ def sources_of(config: PromptsConfig, builder: Any) -> Files | None:
     return Files(builder.name, splits, getattr(asked, "sep", ","), getattr(asked, "field", None))
 
 
-def remember(config: PromptsConfig, commit: str, files: Files) -> None:
-    """Keep the files of a commit beside the copy in the hub's cache."""
+def remember(config: PromptsConfig, commit: str, files: Files | None) -> None:
+    """Keep beside the copy in the hub's cache which files a commit has; None: the library reads them."""
     record = _record(config, commit)
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(dataclasses.asdict(files)))
+    record.write_text(json.dumps(files and dataclasses.asdict(files)))
 
 
-def recall(config: PromptsConfig, commit: str) -> Files | None:
-    """What was remembered of a commit. None: ask the library, which needs the hub.
+def recall(config: PromptsConfig, commit: str) -> tuple[bool, Files | None]:
+    """Whether a commit is remembered, and what is.
 
-    Raises DataError where the hub is not to be asked and nothing is known of a data set of plain files.
+    Raises DataError where it is not and the hub is not to be asked: copies of the library alone do not say
+    what the files held.
     """
+    from huggingface_hub import is_offline_mode
+
     record = _record(config, commit)
-    if not record.is_file():
-        return None
-    return Files(**json.loads(record.read_text()))
+    if record.is_file():
+        found = json.loads(record.read_text())
+        return True, found and Files(**found)
+    if is_offline_mode():
+        raise unknown_copy(config, commit)
+    return False, None
+
+
+def unknown_copy(config: PromptsConfig, commit: str) -> DataError:
+    """The error where the hub cannot be asked about a commit that was not read before."""
+    return DataError(
+        f"no copy of data set {config.name!r} at {commit} in the cache",
+        where="prompts.revision",
+        remedy="load it once with the hub in reach, or set prompts.revision to a commit that was loaded",
+    )
 
 
 def _record(config: PromptsConfig, commit: str) -> Path:

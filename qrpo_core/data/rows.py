@@ -130,10 +130,10 @@ def check_columns(columns: Iterable[str], config: PromptsConfig, where: str) -> 
 def _prompt(value: Any, source: str, config: PromptsConfig, notes: Counter[str]) -> list[Message]:
     name = config.prompt_field
     if isinstance(value, str):
-        found = read_string(value, config.string_format, source, repr(name), notes)
+        found = read_string(value, config.string_format, source, repr(name), notes, is_prompt=True)
         if isinstance(found, list):
             return found
-        if config.string_format in ("json", "transcript"):
+        if config.string_format in ("json", "transcript") and found == value:
             raise DataError(
                 f"{name!r} is a string that is no {config.string_format} of turns",
                 where=source,

@@ -29,26 +29,50 @@ _LITERAL = re.compile(r"\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 
 
 def read_string(
-    text: str, form: StringFormat | None, source: str, place: str, notes: Counter[str]
+    text: str,
+    form: StringFormat | None,
+    source: str,
+    place: str,
+    notes: Counter[str],
+    *,
+    is_prompt: bool = False,
 ) -> str | list[Message]:
     """The messages that a string holds in the given form, or the string itself where it holds none.
 
-    Raises DataError where the form is not set and the string looks like messages.
+    A list of one string, written as JSON, holds that string. Raises DataError for a list of several, and
+    where the form is not set and the string looks like messages (a prompt: also where it looks like a list).
     """
     if form == "json":
-        value = _messages(text)
-        return text if value is None else read_messages(value, source, place, notes)
+        return _from_json(text, source, place, notes)
     if form == "transcript":
-        return _turns(text) or text.strip()
+        return _turns(text) or text
     if form is None:
-        _refuse_other_forms(text, source, place)
+        _refuse_other_forms(text, source, place, is_prompt)
     return text
 
 
-def _refuse_other_forms(text: str, source: str, place: str) -> None:
+def _from_json(text: str, source: str, place: str, notes: Counter[str]) -> str | list[Message]:
+    value = _messages(text)
+    if value is not None:
+        return read_messages(value, source, place, notes)
+    value = _strings(text)
+    if value is None:
+        return text
+    if len(value) != 1:
+        raise DataError(
+            f"{place} is {len(value)} strings written as a JSON list",
+            where=source,
+            remedy="messages say whose turn each is; give those, or remove the row",
+        )
+    return str(value[0])
+
+
+def _refuse_other_forms(text: str, source: str, place: str, is_prompt: bool) -> None:
     found = ""
     if _messages(text) is not None:
         found, form = "messages written as JSON", "json"
+    elif is_prompt and _strings(text):
+        found, form = "strings written as a JSON list", "json"
     elif "Assistant" in _pieces(text) or text.startswith("\n\nHuman:"):
         found, form = "a transcript of turns 'Human:' and 'Assistant:'", "transcript"
     elif _LITERAL.match(text):
@@ -67,14 +91,27 @@ def _refuse_other_forms(text: str, source: str, place: str) -> None:
 
 def _messages(text: str) -> Any:
     """The message or the list of messages that a string spells as JSON; None if it does not."""
-    if not text.lstrip().startswith(("[", "{")) or not ('"role"' in text or '"from"' in text):
+    if not ('"role"' in text or '"from"' in text):
         return None
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
+    value = _json(text)
     several = isinstance(value, list) and value and all(is_message(item) for item in value)
     return value if several or is_message(value) else None
+
+
+def _strings(text: str) -> list[str] | None:
+    """The list of strings that a string spells as JSON; None if it does not."""
+    value = _json(text) if text.lstrip().startswith("[") else None
+    is_list = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+    return value if is_list else None
+
+
+def _json(text: str) -> Any:
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _pieces(text: str) -> list[str]:

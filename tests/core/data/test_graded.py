@@ -169,7 +169,7 @@ def test_tables_give_what_lines_give(tmp_path, kind):
         place = f"{path} row 19, item 1 of 'b'"
     else:
         config = PromptsConfig(kind="hub", name=str(tmp_path), held_out=0.3, **GRADED)
-        place = f"{tmp_path}[train] row 19, item 1 of 'b'"
+        place = f"{tmp_path}/rows.jsonl:20, item 1 of 'b'"
     found = load_prompts(config)
     columns = ["prompt_id", "sample_index", "text", "label", "pair", "reward"]
     assert found.offline.num_rows == 47

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,7 +87,7 @@ def test_blank_lines_and_a_byte_order_mark(tmp_path):
     [
         (b'{"prompt": "x"', "the row is not JSON: Expecting ',' delimiter at column 15"),
         (b"prompt", "the row is not JSON: Expecting value at column 1"),
-        (b'["x"]', "the row is not an object"),
+        (b'["x"]', "the row is a list, not an object"),
         (b'{"prompt": "x", "prompt": "y"}', "key 'prompt' stands twice"),
         (b'{"prompt": "\xff"}', "the row is not UTF-8 at byte 12"),
         (b"[" * 100_000, "the row is not readable: maximum recursion depth"),
@@ -121,7 +120,8 @@ def test_files_that_are_not_what_they_are_called(tmp_path):
     assert "not a Parquet file" in refused(tmp_path / "a.parquet", lines(ROWS))
     assert "BadGzipFile" in refused(tmp_path / "a.jsonl.gz", lines(ROWS))
     assert "EOFError" in refused(tmp_path / "b.jsonl.gz", gzip.compress(lines(ROWS))[:-9])
-    assert "unknown format" in refused(tmp_path / "a.csv", b"prompt\n")
+    assert "unknown format" in refused(tmp_path / "a.xlsx", b"prompt\n")
+    assert "unknown format" in refused(tmp_path / "a.parquet.gz", b"prompt\n")
 
 
 def test_a_parquet_column_that_is_not_there(tmp_path):
@@ -133,8 +133,8 @@ def test_a_parquet_column_that_is_not_there(tmp_path):
 
 def test_a_parquet_reference_that_json_does_not_know(tmp_path):
     path = tmp_path / "rows.parquet"
-    pq.write_table(pa.table({"prompt": ["x"], "answer": [Decimal("1.5")]}), path)
-    with pytest.raises(DataError, match=r"reference is not a JSON value: .*Decimal") as caught:
+    pq.write_table(pa.table({"prompt": ["x"], "answer": [b"\xff"]}), path)
+    with pytest.raises(DataError, match=r"reference is not a JSON value: .*bytes") as caught:
         load_prompts(config(path, reference_field="answer"))
     assert caught.value.where == f"{path} row 0"
 
