@@ -37,6 +37,7 @@ the first prompts. Equal completions of a prompt are one; unequal rewards of one
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,7 +150,9 @@ def _read(
             continue
         good += 1
         yield row
-    if len(bad) == 1 and (config.on_unusable == "refuse" or not good):
+    if bad and not good and len({re.sub(r"\d+", "", error.message) for error in bad}) == 1:
+        raise bad[0]  # all rows have the form that the config does not name; their list would not help
+    if len(bad) == 1 and config.on_unusable == "refuse":
         raise bad[0]
     report_unusable([_unreadable(error) for error in bad], config.on_unusable if good else "refuse")
     notes["unreadable_rows"] += len(bad)

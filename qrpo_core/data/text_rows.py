@@ -7,6 +7,7 @@ null.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -39,7 +40,9 @@ def read_json(stream: Any, shown: str, notes: Counter[str], key: str | None = No
     begun = False
     for number, line in enumerate(stream, 1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError("the file is UTF-16", where=f"{shown}:1", remedy="save it as UTF-8")
         if line.isspace() or not line:
             notes["blank_lines"] += 1
             continue

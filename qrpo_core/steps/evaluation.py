@@ -170,6 +170,22 @@ def _history(workspace: Workspace, trained: Sequence[Manifest]) -> list[dict[str
 
 
 #: What selection may leave out, and why; zeros of what cannot occur in a mode are not listed.
+#: What happened to rows of the source, where it did: see `PromptSet.counts`.
+_SOURCE = {
+    "without_reference": ("source rows without a reference", "null in the data set"),
+    "without_pair": ("source rows without a pair", "null in the data set"),
+    "without_completions": ("source rows without completions", "null or an empty list in the data set"),
+    "ungraded_completions": ("completions without a grade", "null or N/A in the data set"),
+    "empty_completions": ("empty completions of the data set", "kept"),
+    "equal_pairs": ("pairs of one text with itself", "kept"),
+    "repeated_pairs": ("repeated pairs of a prompt", "taken once"),
+    "repeated_completions": ("repeated completions of a prompt", "taken once"),
+    "equal_but_for_space": (
+        "prompts equal to another but for white space",
+        "kept; they may stand on both sides of the split",
+    ),
+    "ignored_message_keys": ("keys of messages set aside", "only role and content are read"),
+}
 _SELECTION = {
     "tied_pairs": (
         "pairs with equal rewards",
@@ -188,6 +204,7 @@ def filtered(prompts: Manifest, rounds: Sequence[Made]) -> list[dict[str, Any]]:
         _left("source rows merged", counts["merged"], "the same conversation as an earlier row"),
         _left("source rows not taken", counts["filtered"], "prompts.limit"),
     ]
+    rows += [_left(what, counts[name], why) for name, (what, why) in _SOURCE.items() if name in counts]
     for number, made in enumerate(rounds, 1):
         where = "" if number == 1 else f", round {number}"
         rows += [_left(what + where, count, why) for what, count, why in _left_out(made)]
