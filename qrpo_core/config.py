@@ -153,6 +153,22 @@ class Experiment(Section):
     store: StoreConfig = StoreConfig()
     service: ServiceConfig = ServiceConfig()
 
+    @property
+    def decided_data(self) -> TrainingDataConfig:
+        """`training_data` with its `preference` decided: what stands in recipes and what selection follows.
+
+        dpo, simpo and sft follow the data set's label where it has one and no grades; qrpo and rebel fit
+        rewards.
+        """
+        data, kind = self.training_data, self.objective.kind
+        preference = data.preference
+        if data.mode != "offline" or kind in ("qrpo", "rebel"):
+            preference = "reward"
+        elif preference == "auto":
+            labelled = self.prompts.chosen_field is not None and data.rewards == "scored"
+            preference = "label" if labelled else "reward"
+        return data.model_copy(update={"preference": preference})
+
     @model_validator(mode="after")
     def _fits(self) -> Experiment:
         mode, kind = self.training_data.mode, self.objective.kind

@@ -92,7 +92,9 @@ RANK_COUNTS = pa.schema(
     [
         _field("prompt_id", pa.string(), "the prompt"),
         _field("sample_index", pa.int32(), "the training completion"),
-        _field("reward", pa.float64(), "its reward"),
+        _field(
+            "reward", pa.float64(), "its reward; null where labels decide and none is needed", nullable=True
+        ),
         _field("below", pa.int64(), "references with a smaller reward"),
         _field("equal", pa.int64(), "references with an equal reward, itself left out"),
         _field("n", pa.int64(), "references compared with, itself left out; 0 where nothing is ranked"),

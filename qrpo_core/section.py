@@ -16,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+ClosedFraction = Annotated[float, Field(ge=0, le=1)]
 
 
 #: What a form writes over a section where the name of its class says it badly.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from prefect.utilities.annotations import quote
 from qrpo_core.errors import DamagedError
 from qrpo_core.steps import parity
 from qrpo_core.steps.blocks import BlockStep
+from qrpo_core.steps.trial import ROWS, trial
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import BlockPlan, Blocks, Run, Wanted, count_rows, missing_runs
 from qrpo_core.store.recipe import Recipe
@@ -42,8 +44,8 @@ def in_this_run(workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -
     that work on the same rows at once share them out instead of following each other.
     """
     _pass_gate(workspace, step)
-    wanted, computed = step.wanted, 0
-    with stage_progress(step.label, rows_of(missing)) as advance:
+    wanted, computed = step.wanted, _try_reward(workspace, step)
+    with stage_progress(step.label, rows_of(missing) - computed) as advance:
         for number, plan in enumerate(_blocks(workspace.blocks, step.recipe, wanted), 1):
             title = f"{step.label}, block {number}"
             with interrupts():
@@ -83,7 +85,9 @@ def fill(workspace: Workspace, step: BlockStep, compute: Compute = in_this_run) 
     started = time.monotonic()
     missing = missing_rows(workspace, step)
     computed = compute(workspace, step, missing) if missing else 0
-    state = "Completed" if missing else "Cached"
+    ahead = workspace.ahead.pop(step.recipe.key, 0)
+    computed += ahead
+    state = "Completed" if missing or ahead else "Cached"
     reused = count_rows(step.wanted) - computed
     result = Stage(step.label, reused, computed, state, time.monotonic() - started)
     announce(result.stage, result.reused, result.computed, "rows", result.seconds)
@@ -98,6 +102,23 @@ def _pass_gate(workspace: Workspace, step: BlockStep) -> None:
     with stage_progress(asked.label, workspace.experiment.parity.rows) as advance:
         make(workspace, asked.label, asked.recipe, lambda: asked.build(advance))
     announce_fact(parity.summary(workspace.artifacts.get(asked.recipe).facts))
+
+
+def _try_reward(workspace: Workspace, step: BlockStep) -> int:
+    """Draw and score a few rows first, if none was scored yet; returns how many of them are the step's."""
+    few = trial(step)
+    if not few:
+        return 0
+    computed: Counter[str] = Counter()
+    with stage_progress("try the reward", sum(count_rows(each.wanted) for each in few)) as advance:
+        for each in few:
+            for plan in workspace.blocks.plan(each.recipe, each.wanted, ROWS):
+                with interrupts():
+                    compute_block(each.label, quote(each), quote(plan), quote(workspace), advance)
+                computed[each.recipe.key] += plan.rows
+    own = computed.pop(step.recipe.key, 0)
+    workspace.ahead.update(computed)  # the stage of those rows counts them
+    return own
 
 
 def _blocks(blocks: Blocks, recipe: Recipe, wanted: Wanted) -> Iterator[BlockPlan]:

@@ -7,7 +7,7 @@ from qrpo_core.steps.rounds import Round
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
 from tasks.blocks import Compute, fill, in_this_run, mended
-from tasks.progress import stage_progress
+from tasks.progress import announce_problem, stage_progress
 from tasks.stages import Stage, make
 
 
@@ -20,6 +20,9 @@ def _prepare(workspace: Workspace, round_: Round, compute: Compute) -> list[Stag
     label = round_.label
     stages = [fill(workspace, step, compute) for step in round_.row_steps]
     stages.append(make(workspace, label("quantiles"), round_.quantiles, round_.build_quantiles))
+    if (problem := round_.nothing_to_learn()) is not None:
+        announce_problem(f"no log-probs are bought, since training would be refused: {problem.message}")
+        return stages
     stages.append(fill(workspace, round_.logprobs, compute))
     stages.append(make(workspace, label("training set"), round_.training_set, round_.build_training_set))
     return stages
@@ -27,6 +30,8 @@ def _prepare(workspace: Workspace, round_: Round, compute: Compute) -> list[Stag
 
 def fit(workspace: Workspace, round_: Round) -> Stage:
     """The training of a round; one that was interrupted goes on from its last checkpoint."""
+    if (problem := round_.nothing_to_learn()) is not None:
+        raise problem
 
     def build() -> Manifest:
         data = workspace.artifacts.get(round_.training_set)

@@ -39,12 +39,14 @@ _MAX_GRID = 64
 
 #: Curves in the order they are drawn; others follow by name.
 _HISTORY_LABELS = {
-    "loss": "loss (squared or absolute reward units)",
+    "loss": "loss",
     "eval_loss": "held-out loss",
     "log_ratio_error": "mean |target - log-ratio| (nats)",
     "log_ratio": "mean log-ratio (nats)",
     "sign_agreement": "log-ratio has its target's sign (share)",
     "grad_norm": "gradient norm",
+    "accuracy": "pairs with the chosen side ahead (share)",
+    "margin": "mean margin of chosen over rejected",
     "learning_rate": "learning rate",
     "completion_tokens": "mean completion length (tokens)",
 }
@@ -142,8 +144,10 @@ def target_figure(log_ratio_targets: Floats) -> Figure:
         return figure
 
 
-def training_figure(history: Sequence[Mapping[str, Any]]) -> tuple[Figure, list[str]] | None:
+def training_figure(history: Sequence[Mapping[str, Any]], unit: str = "") -> tuple[Figure, list[str]] | None:
     """One panel for each curve of the trainer's log, over optimiser steps; None where there is no curve.
+
+    unit : of the loss, as `train.names.loss_unit` gives it.
 
     Also returns what is not drawn, in words: curves beyond eight, values that are not finite.
     """
@@ -161,7 +165,9 @@ def training_figure(history: Sequence[Mapping[str, Any]]) -> tuple[Figure, list[
         for place, (key, points) in enumerate(curves.items()):
             axes = figure.add_subplot(rows, columns, place + 1)
             _curve(axes, points, seconds.get(key))
-            axes.set_title(_HISTORY_LABELS.get(key, key), loc="left", color=COLOURS["ink"])
+            label = _HISTORY_LABELS.get(key, key)
+            label += f" ({unit})" if unit and key in ("loss", "eval_loss") else ""
+            axes.set_title(label, loc="left", color=COLOURS["ink"])
             if place >= len(curves) - columns:
                 axes.set_xlabel("optimiser step")
         return figure, notes

@@ -23,6 +23,8 @@ from qrpo_core.evaluation.metrics import EvaluationResult, PromptMeans, prompt_m
 from qrpo_core.evaluation.sections import example, filtered, interval_note, objective_rows, stages, tiles
 from qrpo_core.evaluation.summary import outcome, summary_rows
 from qrpo_core.records import TRAINING_SET, check_table
+from qrpo_core.train.config import ObjectiveConfig
+from qrpo_core.train.names import OBJECTIVE_NAMES, loss_unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,11 +38,22 @@ TRAINING_ROWS = pa.schema(
 )
 
 
+_PAIRS = "the loss falls and levels off, accuracy and margin rise"
+#: What the curves of a training that goes well do.
+_GOOD_TRAINING = {
+    "qrpo": "loss and error fall and level off, the log-ratio moves towards its target",
+    "sft": "the loss falls and levels off",
+    "dpo": _PAIRS,
+    "simpo": _PAIRS,
+    "rebel": _PAIRS,
+}
+
+
 @dataclass(frozen=True)
 class ReportInput:
     """Everything the report shows; nothing in it is looked up elsewhere.
 
-    experiment : the experiment as plain data, shown as YAML; its `name` is the title.
+    experiment : the experiment as plain data, shown as YAML; its `name` and `objective` are in the title.
     evaluation : the comparison of `before` and `after` (schemas EVALUATED and EVALUATED_AFTER); the report
         refuses tables that it was not computed from.
     headlines : what stands under the first line.
@@ -92,15 +105,18 @@ def render_report(data: ReportInput) -> str:
 
     columns, stage_rows = stages(data.stages)
     # The tables first: what is wrong with a row is said before anything is drawn.
+    objective = _objective(data)
     tables = {
         "name": str(data.experiment.get("name", "experiment")),
+        "objective_name": OBJECTIVE_NAMES[objective.kind].short,
+        "objective_head": "Training targets" if objective.kind == "qrpo" else "Training data",
         "outcome": outcome(data.evaluation),
         "headlines": data.headlines,
         "tiles": tiles(data.evaluation, data.diagnostics),
         "summary": summary_rows(data.evaluation),
         "kl_note": data.evaluation.kl.note,
         "interval_note": interval_note(data.evaluation),
-        "objective": objective_rows(data.diagnostics),
+        "objective": objective_rows(data.diagnostics, objective.kind),
         "examples": [example(row, place, data.evaluation) for place, row in enumerate(data.examples)],
         "example_rule": data.example_rule,
         "filtered": filtered(data.filtered, data.evaluation),
@@ -122,7 +138,7 @@ def render_report(data: ReportInput) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = (files("qrpo_core.evaluation") / "report.html.j2").read_text(encoding="utf-8")
-    missing = _missing({each["name"] for each in drawn})
+    missing = _missing({each["name"] for each in drawn}, OBJECTIVE_NAMES[objective.kind].short)
     return environment.from_string(template).render(**tables, figures=drawn, missing=missing)
 
 
@@ -141,11 +157,12 @@ def report_figures(data: ReportInput) -> list[ReportFigure]:
     training = check_table(data.training, TRAINING_ROWS, "report, training")
     if training.num_rows:
         found += _training_set_figures(training, data.diagnostics)
-    if (curves := plots.training_figure(data.history)) is not None:
+    objective = _objective(data)
+    if (curves := plots.training_figure(data.history, loss_unit(objective))) is not None:
         figure, notes = curves
         caption = (
-            "Good: loss and error fall and level off, the log-ratio moves towards its target. Bad: a loss "
-            "that rises or jumps, a gradient norm that grows, a log-ratio that falls without end."
+            f"Good: {_GOOD_TRAINING[objective.kind]}. Bad: a loss that rises or jumps, a gradient norm that "
+            "grows, a log-ratio that falls without end."
         )
         found.append(
             ReportFigure("training", "Training", " ".join([caption, *(f"({n})" for n in notes)]), figure)
@@ -201,11 +218,16 @@ def _compared(data: ReportInput) -> tuple[EvaluationInput, PromptMeans]:
     return pair, means
 
 
-def _missing(drawn: set[str]) -> list[str]:
+def _objective(data: ReportInput) -> ObjectiveConfig:
+    """The objective that was trained."""
+    return ObjectiveConfig.model_validate(data.experiment.get("objective", {}))
+
+
+def _missing(drawn: set[str], objective: str) -> list[str]:
     """What the reader might look for and why it is not here."""
     notes = []
     if "quantiles" not in drawn:
-        notes.append("No calibrated targets (a baseline has none): no figures of quantiles and targets.")
+        notes.append(f"No calibrated targets ({objective} has none): no figures of quantiles and targets.")
     if "training" not in drawn:
         notes.append("The training history holds no curve: no figure of the training.")
     return notes

@@ -8,6 +8,8 @@ from typing import Any
 from qrpo_core.errors import DataError
 from qrpo_core.evaluation.metrics import EvaluationResult
 from qrpo_core.evaluation.summary import normalisation, number, outcome, percent, reward_decimals, spelled
+from qrpo_core.train.config import ObjectiveKind
+from qrpo_core.train.names import OBJECTIVE_NAMES
 
 _DIAGNOSTICS = {
     "objective": "Objective",
@@ -74,8 +76,11 @@ def tiles(result: EvaluationResult, diagnostics: Mapping[str, Any]) -> list[dict
     return [dict(zip(("label", "value", "note", "verdict"), tile, strict=True)) for tile in found]
 
 
-def objective_rows(diagnostics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Labels and values of the training targets' diagnostics; keys without a label under their own name."""
+def objective_rows(diagnostics: Mapping[str, Any], kind: ObjectiveKind = "qrpo") -> list[tuple[str, str]]:
+    """Labels and values of the training data's diagnostics; keys without a label under their own name.
+
+    kind : the objective: of QRPO alone is beta a number in reward units.
+    """
     rows = []
     if (check := normalisation(diagnostics)) is not None:
         rows.append(("Normalisation check, mean exp(target / beta), must be 1", f"{check[0]}. {check[2]}"))
@@ -84,7 +89,10 @@ def objective_rows(diagnostics: Mapping[str, Any]) -> list[tuple[str, str]]:
         if key in diagnostics and key not in shown:
             value = diagnostics[key]
             text = percent(value) if key in _SHARES and value is not None else _plain(value)
-            rows.append((_DIAGNOSTICS.get(key, key), text))
+            if key == "objective":
+                text = str(OBJECTIVE_NAMES[value])
+            label = "beta" if key == "beta" and kind != "qrpo" else _DIAGNOSTICS.get(key, key)
+            rows.append((label, text))
     return rows
 
 

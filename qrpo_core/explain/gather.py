@@ -30,7 +30,7 @@ from qrpo_core.records import LOGPROBS
 from qrpo_core.steps import policies
 from qrpo_core.steps.blocks import LogprobStep, RewardStep, SampleStep
 from qrpo_core.steps.chain import Chain
-from qrpo_core.steps.completions import Completions, OfflineCompletions
+from qrpo_core.steps.completions import Completions, OfflineCompletions, Unscored
 from qrpo_core.steps.quantiles import Rewards
 from qrpo_core.steps.rounds import Round
 from qrpo_core.steps.workspace import Workspace
@@ -38,6 +38,9 @@ from qrpo_core.store.blocks import row_key
 from qrpo_core.store.recipe import Recipe
 
 Row = dict[str, Any]
+
+#: What stands in the place of rewards where none is needed.
+_LABELS = "not scored: the data set's labels decide"
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ def _overview(draws: Draws) -> Row:
     ]
     undrawn, unscored = len(wanted) - len(rows), sum(index not in rewards for index in drawn)
     notes = [f"{undrawn} of {len(wanted)} not drawn yet"] if undrawn else []
-    notes += [f"{unscored} of {len(wanted)} not scored yet"] if unscored else []
+    labels = isinstance(draws.rewards, Unscored)
+    notes += [_LABELS] if labels else [f"{unscored} of {len(wanted)} not scored yet"] if unscored else []
     section = {"name": draws.name, "policy": draws.policy, "completions": rows}
     if stands is not None:
         section |= stands.of_prompt()
@@ -181,7 +185,8 @@ def _completion(chain: Chain, draws: Draws, index: int) -> Row:
     if isinstance(draws.completions, OfflineCompletions):
         rows = draws.completions.rows
         section["data_set"] = rows.filter(pc.equal(rows["sample_index"], index)).to_pylist()
-    notes = (["not drawn yet"] if drawn is None else []) + (["not scored yet"] if reward is None else [])
+    notes = ["not drawn yet"] if drawn is None else []
+    notes += [_LABELS if isinstance(draws.rewards, Unscored) else "not scored yet"] if reward is None else []
     if stands is not None:
         section |= stands.of_prompt() | stands.of_completion(index)
         notes += stands.notes + stands.reasons(index, None if reward is None else reward["status"])

@@ -19,6 +19,7 @@ from qrpo_core.store.blocks import Wanted
 from qrpo_core.store.recipe import Recipe
 
 OFFLINE_VERSION = 1
+UNSCORED_VERSION = 1
 
 
 class Completions(Protocol):
@@ -160,3 +161,18 @@ class GivenRewards:
             ],
             schema=REWARDS,
         )
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """The data set's own pairs, which nothing scores: their labels say which side is preferred."""
+
+    completions: OfflineCompletions
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe("unscored", UNSCORED_VERSION, {}, {})
+
+    def read(self) -> pa.Table:
+        """No REWARDS row."""
+        return REWARDS.empty_table()

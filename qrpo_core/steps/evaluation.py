@@ -193,7 +193,7 @@ _SELECTION = {
     ),
     "unpaired_rows": ("completions without a partner", "the other one of its pair has no reward"),
     "pairs_with_an_unscored_side": ("pairs with an unscored side", "both need a reward"),
-    "label_contradicts_reward": ("pairs whose label contradicts the reward", "see training_data.preference"),
+    "label_contradicts_reward": ("pairs whose label contradicts the reward", "the reward decides"),
 }
 
 
@@ -213,8 +213,9 @@ def filtered(prompts: Manifest, rounds: Sequence[Made]) -> list[dict[str, Any]]:
 
 def _left_out(made: Made) -> Iterator[tuple[str, int, str]]:
     facts = made.quantiles.facts
-    for name, statuses in (("completions", facts["status"]), ("references", facts.get("reference_status"))):
-        failed = {status: count for status, count in (statuses or {}).items() if status != "ok"}
+    for name, key in (("completions", "statuses"), ("references", "reference_statuses")):
+        statuses = {status: each["count"] for status, each in facts.get(key, {}).items()}
+        failed = {status: count for status, count in statuses.items() if status != "ok"}
         for status, count in failed.items():
             yield f"training {name} with status {status}", count, "not in any quantile"
         if statuses and not failed:

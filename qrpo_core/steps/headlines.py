@@ -13,9 +13,16 @@ from dataclasses import dataclass
 
 from qrpo_core.evaluation.headlines import Headline, in_order
 from qrpo_core.evaluation.metrics import EvaluationResult
+from qrpo_core.evaluation.summary import FEW_FAILED, percent
+from qrpo_core.steps import signal
 from qrpo_core.steps.rounds import Made
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.train.names import OBJECTIVE_NAMES
+
+#: A larger share of contradicted labels is a warning: people contradict each other about as often.
+MUCH_CONTRADICTED = 0.3
+
+_DECIDED = {"label": "the data set's labels", "reward": "their rewards"}
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,75 @@ def headlines(finished: Finished) -> list[Headline]:
 
 
 def trained_on(finished: Finished) -> Iterator[Headline]:
-    """Which objective was trained, and on how many completions or pairs."""
-    for number, made in enumerate(finished.rounds, 1):
-        where = "" if len(finished.rounds) == 1 else f" in round {number}"
+    """Which objective was trained, on how many completions or pairs, and what preferred one to the other."""
+    for where, made in _rounds(finished):
         facts = made.train.facts
         name = OBJECTIVE_NAMES[facts["diagnostics"]["objective"]]
-        yield Headline("note", f"{name.short} was trained on {facts['rows']:,} {name.items}{where}.")
+        text = f"{name.short} was trained on {facts['rows']:,} {name.items}{where}"
+        if "labelled_pairs" in made.quantiles.facts and name.short != "QRPO":
+            text += f", preferred by {_DECIDED[made.quantiles.facts['preference']]}"
+        yield Headline("note", f"{text}.")
 
 
-_SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (trained_on,)
+def contradicted_labels(finished: Finished) -> Iterator[Headline]:
+    """How far the rewards that decided contradict the labels that the data set has."""
+    for where, made in _rounds(finished):
+        facts = made.quantiles.facts
+        if (share := signal.contradicted_share(facts)) is None:
+            continue
+        pairs, ties = facts["labelled_pairs"] - facts["pairs_with_an_unscored_side"], facts["tied_pairs"]
+        text = (
+            f"The rewards contradict the data set's labels on {facts['label_contradicts_reward']:,} of "
+            f"{pairs:,} pairs{where} ({percent(share)} of those that they tell apart; {ties:,} tie)."
+        )
+        yield Headline("warning" if share > MUCH_CONTRADICTED else "note", text)
+
+
+def unscored_rows(finished: Finished) -> Iterator[Headline]:
+    """Completions and references without a reward, by status, where they are more than a few."""
+    for where, made in _rounds(finished):
+        for what, key in (("training completions", "statuses"), ("references", "reference_statuses")):
+            statuses = made.quantiles.facts.get(key, {})
+            if 1 - signal.scored_share(statuses) > FEW_FAILED:
+                total = sum(each["count"] for each in statuses.values())
+                failed = total - statuses.get("ok", {"count": 0})["count"]
+                text = f"{failed:,} of {total:,} {what}{where} have no reward: {signal.unscored(statuses)}."
+                yield Headline("warning", text)
+
+
+def tied_prompts(finished: Finished) -> Iterator[Headline]:
+    """How many prompts taught nothing, where they are most of them."""
+    for where, made in _rounds(finished):
+        facts = made.quantiles.facts
+        tied = facts["prompts"] - facts["prompts_with_signal"]
+        if facts["reward_range"] is not None and 2 * tied > facts["prompts"]:
+            text = f"On {tied:,} of {facts['prompts']:,} training prompts{where} all rewards are equal: they "
+            yield Headline("warning", f"{text}teach nothing.")
+
+
+def all_truncated(finished: Finished) -> Iterator[Headline]:
+    """Whether no completion came to its own end: rewards are then those of beginnings."""
+    remedy = "raise sampling.max_new_tokens."
+    for where, made in _rounds(finished):
+        facts = made.training_set.facts
+        if facts["truncated"] == facts["rows"] > 0:
+            text = f"All {facts['rows']:,} training completions{where} were cut by the length limit: {remedy}"
+            yield Headline("warning", text)
+    if finished.evaluation.after.truncation_rate == 1:
+        text = f"Every held-out completion of the trained policy was cut by the length limit: {remedy}"
+        yield Headline("warning", text)
+
+
+def _rounds(finished: Finished) -> Iterator[tuple[str, Made]]:
+    """Each round, and how to name it where there are several."""
+    for number, made in enumerate(finished.rounds, 1):
+        yield "" if len(finished.rounds) == 1 else f" in round {number}", made
+
+
+_SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (
+    trained_on,
+    contradicted_labels,
+    unscored_rows,
+    tied_prompts,
+    all_truncated,
+)

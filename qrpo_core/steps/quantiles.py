@@ -13,6 +13,7 @@ from qrpo_core.config import recipe_fields
 from qrpo_core.errors import ObjectiveError
 from qrpo_core.objective.quantiles import rank_counts_table
 from qrpo_core.records import PAIRS, RANK_COUNTS, REFERENCE_REWARDS
+from qrpo_core.steps import signal
 from qrpo_core.steps.completions import Completions, OfflineCompletions
 from qrpo_core.steps.selection import Selection, select
 from qrpo_core.steps.tables import to_bytes
@@ -20,7 +21,7 @@ from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
 
-VERSION = 2
+VERSION = 3
 
 
 class Rewards(Protocol):
@@ -42,7 +43,7 @@ def recipe(workspace: Workspace, prompts: Recipe, rewards: Rewards, references: 
     The same Rewards twice: the training completions are the references themselves.
     """
     config = {
-        "training_data": recipe_fields(workspace.experiment.training_data),
+        "training_data": recipe_fields(workspace.experiment.decided_data),
         "rows": rewards.completions.extent,
         "references": None if references is None else references.completions.extent,
     }
@@ -64,11 +65,14 @@ def build(workspace: Workspace, asked: Recipe, rewards: Rewards, references: Rew
         offline = completions.rows if isinstance(completions, OfflineCompletions) else None
         table = rewards.read()
         others = table if references is rewards else None if references is None else references.read()
-        chosen = select(workspace.experiment.training_data, table, others, offline=offline)
-        counts, reference_rewards, pairs, facts = rank(chosen)
-        facts |= {"status": _statuses(table)}
+        data = workspace.experiment.decided_data
+        statuses = {"statuses": signal.status_facts(table)}
         if others is not None and others is not table:
-            facts["reference_status"] = _statuses(others)
+            statuses["reference_statuses"] = signal.status_facts(others)
+        chosen = select(data, table, others, offline=offline)
+        failed = "; ".join(filter(None, (signal.unscored(each) for each in statuses.values())))
+        counts, reference_rewards, pairs, facts = rank(chosen, failed)
+        facts |= statuses | {"preference": data.preference}
         facts["prompts_left_out"] = completions.prompts.num_rows - facts["prompts"]
         files: dict[str, Path | bytes] = {
             "rank_counts.parquet": to_bytes(counts, RANK_COUNTS, "rank counts"),
@@ -80,10 +84,12 @@ def build(workspace: Workspace, asked: Recipe, rewards: Rewards, references: Rew
     return workspace.make(asked, make)
 
 
-def rank(chosen: Selection) -> tuple[pa.Table, pa.Table, pa.Table, dict[str, Any]]:
+def rank(chosen: Selection, failed: str = "") -> tuple[pa.Table, pa.Table, pa.Table, dict[str, Any]]:
     """Rank counts of the selected rows, sorted rewards of each prompt's references, pairs, and facts.
 
     Prompts with fewer than two references are left out, since a lone reference cannot be ranked.
+    failed : what became of rows without a reward, for the error.
+
     Raises ObjectiveError when no prompt is left.
     """
     rows, pairs, references = chosen.rows, chosen.pairs, chosen.references
@@ -99,7 +105,9 @@ def rank(chosen: Selection) -> tuple[pa.Table, pa.Table, pa.Table, dict[str, Any
             "no prompt has a scored completion and two scored references",
             where=f"{len(chosen.rows)} scored completions, "
             f"{0 if chosen.references is None else len(chosen.references)} scored references",
-            remedy="raise sampling.references_per_prompt to 2 or more, or look at the rows' details",
+            remedy=f"the rows without a reward: {failed}"
+            if failed
+            else "raise sampling.references_per_prompt to 2 or more",
         )
     ids = pc.unique(rows["prompt_id"])
     codes = _codes(rows, ids)
@@ -125,12 +133,18 @@ def rank(chosen: Selection) -> tuple[pa.Table, pa.Table, pa.Table, dict[str, Any
             "in_pool": pa.array(np.full(len(rows), chosen.in_pool)),
         }
     )
-    facts = {"prompts": len(ids), "rows": len(rows), "pairs": len(pairs), **chosen.facts}
-    return counts, reference_rewards, pairs, facts
+    facts = {"prompts": len(ids), "rows": len(rows), "pairs": len(pairs), **_signal(rows, references)}
+    return counts, reference_rewards, pairs, facts | chosen.facts
 
 
-def _statuses(rewards: pa.Table) -> dict[str, int]:
-    return {row["values"]: row["counts"] for row in rewards["status"].value_counts().to_pylist()}
+def _signal(rows: pa.Table, references: pa.Table | None) -> dict[str, Any]:
+    """On how many prompts two rewards differ, references and completions together; and their range."""
+    together = [table.select(["prompt_id", "reward"]) for table in (rows, references) if table is not None]
+    rewards = pa.concat_tables(together).filter(pc.field("reward").is_valid())
+    ends = rewards.group_by("prompt_id").aggregate([("reward", "min"), ("reward", "max")])
+    differ = pc.sum(pc.not_equal(ends["reward_min"], ends["reward_max"])).as_py() or 0
+    low, high = (pc.min_max(rewards["reward"]).as_py()[end] for end in ("min", "max"))
+    return {"prompts_with_signal": differ, "reward_range": None if low is None else [low, high]}
 
 
 def _codes(table: pa.Table, ids: pa.Array) -> Any:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from qrpo_core.steps import budgets, prompts, quantiles, training, training_set
+from qrpo_core.errors import ObjectiveError
+from qrpo_core.steps import budgets, prompts, quantiles, signal, training, training_set
 from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep, SampleStep, reward_recipe
-from qrpo_core.steps.completions import GivenRewards, OfflineCompletions
+from qrpo_core.steps.completions import GivenRewards, OfflineCompletions, Unscored
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.selection import expected_rows
 from qrpo_core.steps.workspace import Workspace
@@ -73,6 +74,11 @@ class Round:
         """Select and rank; see `steps.quantiles`."""
         return quantiles.build(self.workspace, self.quantiles, self.rewards, self.references)
 
+    def nothing_to_learn(self) -> ObjectiveError | None:
+        """Why what was ranked is not worth a training; None where it is. See `steps.signal`."""
+        facts = self.workspace.artifacts.get(self.quantiles).facts
+        return signal.nothing_to_learn(self.workspace.experiment, facts)
+
     def build_training_set(self) -> Manifest:
         """Join what was selected with its tokens and log-probs; see `steps.training_set`."""
         ranked = self.workspace.artifacts.get(self.quantiles)
@@ -107,7 +113,13 @@ def first_round(
     if data.mode != "offline" or offline is None:
         return _round(workspace, 1, reference, reference, asked, (samples, sampled), sampled, sampled)
     own = OfflineCompletions(workspace, reference, train, offline)
-    rewards = GivenRewards(own) if data.rewards == "given" else RewardStep(own, "score offline completions")
+    rewards: quantiles.Rewards
+    if experiment.decided_data.preference == "label":
+        rewards = Unscored(own)  # a reward would decide nothing, and it may cost
+    elif data.rewards == "given":
+        rewards = GivenRewards(own)
+    else:
+        rewards = RewardStep(own, "score offline completions")
     steps: tuple[BlockStep, ...] = (rewards,) if isinstance(rewards, RewardStep) else ()
     if data.references == "offline":
         references: quantiles.Rewards | None = rewards

@@ -6,6 +6,7 @@ itself out is not enough then (method.md 3.2). So `best_worst` ranks among refer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,11 +24,12 @@ Status = dict[str, int]
 class Selection:
     """What a mode makes of scored completions.
 
-    rows : REWARDS rows to train on, all with status ok.
+    rows : REWARDS rows to train on, all with status ok; where labels decide only the columns that rank
+        counts need, with rewards that are null.
     pairs : PAIRS rows; both sides are among `rows`.
     references : REWARDS rows to rank among, all with status ok; None where nothing is ranked.
     in_pool : whether every one of `rows` is itself one of `references`.
-    facts : how many pairs were left out or contradict a label.
+    facts : how many pairs there were, were left out, tie, or contradict a label.
     """
 
     rows: pa.Table
@@ -51,10 +53,12 @@ def select(
     offline : OFFLINE rows of mode offline, which say what was paired with what.
     """
     shared = references is rewards
+    if data.mode == "offline" and data.preference == "label":
+        return _labelled(offline)
     scored = _ok(rewards)
     others = scored if shared else None if references is None else _ok(references)
     if data.mode == "offline":
-        return _offline(data, Selection(scored, PAIRS.empty_table(), others, shared), offline)
+        return _offline(Selection(scored, PAIRS.empty_table(), others, shared), offline)
     if data.mode == "best_worst":
         return _best_worst(data, scored, others, shared)
     if data.mode == "pairs":
@@ -150,21 +154,28 @@ def _columns(table: pa.Table) -> tuple[Any, Any, Any]:
     )
 
 
-def _offline(data: TrainingDataConfig, found: Selection, offline: pa.Table | None) -> Selection:
-    """All scored completions; paired as the data set pairs them, or the best and the worst graded one."""
-    rows = found.rows
-    if offline is None or not offline["pair"].is_valid().to_numpy().any():
-        worst, best = _ends(rows)
-        reward = rows["reward"].to_numpy()
-        ends = rows.take(pa.array(np.stack([best, worst], axis=1).ravel()))
-        pairs, tied = _by_reward(ends, reward[best], reward[worst])
-        return replace(found, pairs=pairs, facts={"tied_pairs": tied})
-    place = {
-        pair: at
-        for at, pair in enumerate(
-            zip(rows["prompt_id"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
-        )
-    }
+def _labelled(offline: pa.Table | None) -> Selection:
+    """Every pair of the data set as it is labelled; nothing is scored, so nothing ties or is lost."""
+    if offline is None:
+        raise TypeError("labels need the data set's own completions")
+    keys = dict.fromkeys(
+        zip(offline["prompt_id"].to_pylist(), offline["sample_index"].to_pylist(), strict=True)
+    )
+    rows = pa.table(
+        {
+            "prompt_id": pa.array([prompt for prompt, _ in keys], pa.string()),
+            "sample_index": pa.array([index for _, index in keys], pa.int32()),
+            "reward": pa.nulls(len(keys), pa.float64()),
+        }
+    )
+    place = {key: at for at, key in enumerate(keys)}
+    both = _sides(offline, place)
+    pairs = _pairs(rows, both[:, 0], both[:, 1])
+    return Selection(rows, pairs, None, False, {"labelled_pairs": len(pairs)})
+
+
+def _sides(offline: pa.Table, place: Mapping[tuple[str, int], int]) -> Any:
+    """Row numbers (chosen, rejected), [pairs, 2], of the pairs whose two sides have a place."""
     sides: dict[tuple[str, int], dict[str, int]] = {}
     names = ("prompt_id", "pair", "label", "sample_index")
     for prompt, pair, label, index in zip(*(offline[name].to_pylist() for name in names), strict=True):
@@ -172,16 +183,30 @@ def _offline(data: TrainingDataConfig, found: Selection, offline: pa.Table | Non
         if at is not None:
             sides.setdefault((prompt, pair), {})[label] = at
     whole = [(side["chosen"], side["rejected"]) for side in sides.values() if len(side) == 2]
-    both = np.array(whole, np.int64).reshape(-1, 2)
+    return np.array(whole, np.int64).reshape(-1, 2)
+
+
+def _offline(found: Selection, offline: pa.Table | None) -> Selection:
+    """All scored completions; the data set's pairs by reward, or the best and the worst graded one."""
+    rows = found.rows
+    if offline is None or not offline["pair"].is_valid().to_numpy().any():
+        worst, best = _ends(rows)
+        reward = rows["reward"].to_numpy()
+        ends = rows.take(pa.array(np.stack([best, worst], axis=1).ravel()))
+        pairs, tied = _by_reward(ends, reward[best], reward[worst])
+        return replace(found, pairs=pairs, facts={"tied_pairs": tied})
+    keys = zip(rows["prompt_id"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
+    both = _sides(offline, {key: at for at, key in enumerate(keys)})
     reward = rows["reward"].to_numpy()
     labelled, other = reward[both[:, 0]], reward[both[:, 1]]
-    facts = {"label_contradicts_reward": int((labelled < other).sum())}
-    unscored = len({key for key, side in sides.items() if len(side) < 2})
-    facts |= {"pairs_with_an_unscored_side": unscored, "tied_pairs": 0}
-    if data.preference == "label":
-        return replace(found, pairs=_pairs(rows, both[:, 0], both[:, 1]), facts=facts)
     differs = labelled != other
     chosen = np.where(labelled > other, both[:, 0], both[:, 1])[differs]
     rejected = np.where(labelled > other, both[:, 1], both[:, 0])[differs]
-    facts["tied_pairs"] = int((~differs).sum())
+    asked = len(set(zip(offline["prompt_id"].to_pylist(), offline["pair"].to_pylist(), strict=True)))
+    facts = {
+        "labelled_pairs": asked,
+        "label_contradicts_reward": int((labelled < other).sum()),
+        "pairs_with_an_unscored_side": asked - len(both),
+        "tied_pairs": int((~differs).sum()),
+    }
     return replace(found, pairs=_pairs(rows, chosen, rejected), facts=facts)

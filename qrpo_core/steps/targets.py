@@ -47,15 +47,17 @@ class TrainingData:
         """What the trainer takes: completions for qrpo and sft, pairs for the others."""
         from qrpo_core.data.collator import Example, Pair
 
-        names = ("prompt_token_ids", "token_ids", "ref_logprob", "reward")
+        names = ("prompt_token_ids", "token_ids", "ref_logprob")
         columns = [self.table[name].to_pylist() for name in names]
+        # Where labels decide nothing was scored, and no objective that follows them looks at a reward.
+        rewards = self.table["reward"].fill_null(0.0).to_pylist()
         if self.targets is not None:
             aims, betas = self.targets.target.tolist(), self.targets.beta.tolist()
         else:
             aims, betas = [0.0] * len(self.table), [self.objective.beta] * len(self.table)
         rows = [
             Example(prompt, tokens, target=aim, beta=beta, ref_logprob=ref, reward=reward)
-            for prompt, tokens, ref, reward, aim, beta in zip(*columns, aims, betas, strict=True)
+            for prompt, tokens, ref, reward, aim, beta in zip(*columns, rewards, aims, betas, strict=True)
         ]
         if self.objective.kind == "qrpo":
             return rows
@@ -183,7 +185,9 @@ def _checks(ranked: Ranked, targets: CalibratedTargets, objective: ObjectiveConf
 
 
 def _correlation(table: pa.Table) -> float | None:
-    """Of reward with log length within prompts; None where one of them is constant."""
+    """Of reward with log length within prompts; None where one is constant or there are no rewards."""
+    if table["reward"].null_count:
+        return None
     codes = table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
     lengths = pc.list_value_length(table["token_ids"]).to_numpy()
     found = length_correlation(codes.astype(np.int64), table["reward"].to_numpy(), lengths)

@@ -61,7 +61,7 @@ def build(
             on_step=on_step,
         )
         (scratch / "policy" / "README.md").write_text(
-            model_card(experiment, asked, data.diagnostics), encoding="utf-8"
+            model_card(experiment, asked, data.diagnostics, len(items)), encoding="utf-8"
         )
         files = folder_files(scratch / "policy") | {"history.json": json.dumps(history).encode()}
         return files, {"diagnostics": data.diagnostics, "steps": len(history), "rows": len(items)}

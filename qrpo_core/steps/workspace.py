@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ class Workspace:
         self.objects = open_objects(experiment.store)
         self.artifacts = Artifacts(self.objects, experiment.store.verify)
         self.blocks = Blocks(self.objects, experiment.store)
+        #: Rows by recipe key that this process computed before the stage that they belong to.
+        self.ahead: Counter[str] = Counter()
         self._chats: dict[Path, Chat] = {}
         self._engine: tuple[tuple[Any, ...], Engine] | None = None
         self._reward: tuple[RewardConfig, Reward] | None = None

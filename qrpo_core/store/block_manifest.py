@@ -15,6 +15,9 @@ from qrpo_core.store.planning import BlockPlan, Runs, block_id
 
 FORMAT = 1
 
+#: Fact of a block of few rows, made to see that they can be: its rate says nothing of a full one.
+TRIAL = "trial"
+
 
 @dataclass(frozen=True)
 class BlockManifest:

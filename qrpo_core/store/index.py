@@ -10,7 +10,7 @@ from typing import Any
 
 from qrpo_core.errors import DamagedError, MissingError, StoreError
 from qrpo_core.store.aside import set_aside
-from qrpo_core.store.block_manifest import BlockManifest, from_json
+from qrpo_core.store.block_manifest import TRIAL, BlockManifest, from_json
 from qrpo_core.store.interface import Entry, Objects
 from qrpo_core.store.planning import BlockPlan
 from qrpo_core.store.recipe import Recipe
@@ -181,5 +181,6 @@ class BlockIndex:
 
 
 def _rate(blocks: list[BlockManifest]) -> float | None:
+    blocks = [block for block in blocks if block.facts.get(TRIAL) is not True]
     seconds = sum(block.seconds for block in blocks)
     return sum(block.rows for block in blocks) / max(seconds, 1e-3) if blocks else None

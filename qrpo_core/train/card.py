@@ -9,12 +9,18 @@ import yaml
 from qrpo_core import __version__
 from qrpo_core.config import Experiment
 from qrpo_core.store.recipe import Recipe
+from qrpo_core.train.names import OBJECTIVE_NAMES
 
 
-def model_card(experiment: Experiment, recipe: Recipe, diagnostics: dict[str, Any]) -> str:
-    """Markdown with a front matter that model hubs read."""
+def model_card(experiment: Experiment, recipe: Recipe, diagnostics: dict[str, Any], items: int) -> str:
+    """Markdown with a front matter that model hubs read. items : completions, or pairs, trained on."""
+    name = OBJECTIVE_NAMES[experiment.objective.kind]
     front = yaml.safe_dump(
-        {"base_model": experiment.model.path, "library_name": "transformers", "tags": ["qrpo"]}
+        {
+            "base_model": experiment.model.path,
+            "library_name": "transformers",
+            "tags": [experiment.objective.kind],
+        }
     )
     settings = yaml.safe_dump(experiment.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     numbers = "\n".join(f"| {name} | {value} |" for name, value in diagnostics.items())
@@ -23,7 +29,8 @@ def model_card(experiment: Experiment, recipe: Recipe, diagnostics: dict[str, An
 {front}---
 # {experiment.name}
 
-Fine-tuned from `{experiment.model.path}` with QRPO (Quantile Reward Policy Optimization), qrpo {__version__}.
+Fine-tuned from `{experiment.model.path}` with {name} on {items:,} {name.items};
+made by the package qrpo {__version__}.
 
 | made from | key |
 |---|---|

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qrpo_core.section import (
+    ClosedFraction,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -100,8 +101,23 @@ class TrainingDataConfig(Section):
     pool: Annotated[int, Field(ge=2)] | None = Field(
         None, description="best_worst: completions a prompt to pick from; the rest are the references."
     )
-    preference: Literal["reward", "label"] = Field(
-        "reward", description="offline: which of a pair is chosen: by its reward, or by the data set's label."
+    preference: Literal["auto", "reward", "label"] = Field(
+        "auto",
+        description="offline: which of a pair is chosen: by its reward, or by the data set's label, which "
+        "needs no rewards. auto: the label for dpo, simpo and sft on chosen/rejected data without grades, "
+        "else the reward. qrpo and rebel fit rewards whatever stands here.",
+    )
+    max_contradicted: ClosedFraction = Field(
+        0.5,
+        description="offline: where rewards decide, the share of labels that they may contradict, of the "
+        "pairs that they tell apart. Above one half, a coin would agree better with the data set.",
+        json_schema_extra=Speed,
+    )
+    min_scored: ClosedFraction = Field(
+        0.5,
+        description="Share of the completions, and of the references, that must have a reward. Below it a "
+        "run stops before training and says what became of the others; 0 never stops.",
+        json_schema_extra=Speed,
     )
     rewards: Literal["scored", "given"] = Field(
         "scored",
@@ -119,9 +135,9 @@ class TrainingDataConfig(Section):
             "random": {"count"},
             "pairs": {"count"},
             "best_worst": {"pool"},
-            "offline": {"preference", "rewards", "references"},
+            "offline": {"preference", "rewards", "references", "max_contradicted"},
         }[self.mode]
-        for field in sorted(changed_fields(self) - own - {"mode"}):
+        for field in sorted(changed_fields(self) - own - {"mode", "min_scored"}):
             raise ValueError(f"training_data.{field} does not belong to mode {self.mode!r}; remove it")
         if self.mode == "best_worst" and self.pool is None:
             raise ValueError("training_data.pool is missing; mode 'best_worst' picks from it")

@@ -13,7 +13,7 @@ from qrpo_core.data.collator import Example, Pair
 from qrpo_core.errors import ConfigError, DataError, ObjectiveError
 from qrpo_core.preflight import check
 from qrpo_core.records import PAIRS, TRAINING_SET
-from qrpo_core.steps.chain import Chain
+from qrpo_core.steps.chain import Chain, stored_chain
 from qrpo_core.steps.tables import load
 from qrpo_core.steps.targets import TrainingData, derive
 from qrpo_core.steps.workspace import Workspace
@@ -148,13 +148,67 @@ def test_offline_pairs_train_on_the_data_sets_texts(steps: Any, paired: dict[str
 
 
 def test_a_baseline_on_offline_pairs_draws_no_references(steps: Any, paired: dict[str, Any]) -> None:
-    chain, computed = steps.precompute(steps.changed(paired, objective={"kind": "dpo"}))
+    by_reward = steps.changed(paired, objective={"kind": "dpo"}, training_data={"preference": "reward"})
+    chain, computed = steps.precompute(by_reward)
     assert set(computed) == {"score offline completions", "reference log-probs"}
     assert all(isinstance(item, Pair) for item in data_of(chain).items())
     # QRPO afterwards adds the references and scores no completion again.
     _, more = steps.precompute(steps.changed(paired))
     assert more["score offline completions"] == more["reference log-probs"] == 0
     assert more["sample references"] > 0
+
+
+@pytest.mark.parametrize("kind", ["dpo", "simpo", "sft"])
+def test_labels_need_no_reward_and_lose_no_pair(steps: Any, paired: dict[str, Any], kind: str) -> None:
+    """The reward would say the opposite of every label."""
+    backwards = paired["prompts"] | {"chosen_field": "bad", "rejected_field": "good"}
+    settings = {**paired, "prompts": backwards, "reward": {"kind": "length", "max_words": 3}}
+    chain, computed = steps.precompute(steps.changed(settings, objective={"kind": kind}))
+    prompts = chain.first.rewards.completions.prompts.num_rows
+    assert computed == {"reference log-probs": 2 * prompts}
+    assert chain.first.nothing_to_learn() is None
+    data = data_of(chain)
+    bad = " ".join(["w"] * 5)
+    assert len(data.items()) == prompts  # every pair, or the chosen side of every pair
+    assert {sides[0] for sides in texts(chain, data.items())} == {bad}
+    assert data.diagnostics["training_pairs"] == prompts
+    # The recipe holds what "auto" means here: saying it gives the same artifacts.
+    said = Workspace(steps.changed(settings, objective={"kind": kind}, training_data={"preference": "label"}))
+    assert stored_chain(said).first.train == chain.first.train
+
+
+def test_rewards_that_contradict_the_labels_are_refused_unless_allowed(
+    steps: Any, paired: dict[str, Any]
+) -> None:
+    backwards = paired["prompts"] | {"chosen_field": "bad", "rejected_field": "good"}
+    asked: dict[str, Any] = {"objective": {"kind": "dpo"}, "training_data": {"preference": "reward"}}
+    settings = {**paired, "prompts": backwards, "reward": {"kind": "length", "max_words": 3}}
+    chain, _ = steps.precompute(steps.changed(settings, **asked))
+    facts = chain.workspace.artifacts.get(chain.first.quantiles).facts
+    wrong = facts["label_contradicts_reward"]
+    assert wrong == facts["labelled_pairs"] > 0
+    problem = chain.first.nothing_to_learn()
+    assert isinstance(problem, ObjectiveError)
+    for part in (f"{wrong} of {wrong} pairs", "tie on 0", "100.0%", "max_contradicted = 0.5"):
+        assert part in str(problem)
+    asked["training_data"] |= {"max_contradicted": 1.0}
+    allowed = stored_chain(Workspace(steps.changed(settings, **asked)))
+    assert allowed.first.train == chain.first.train  # a limit is part of no recipe
+    assert allowed.first.nothing_to_learn() is None
+
+
+def test_a_constant_reward_is_no_signal(steps: Any, settings: dict[str, Any], paired: dict[str, Any]) -> None:
+    constant = {"reward": {"kind": "exact"}}  # nothing that the fake engine draws is right
+    chain, _ = steps.precompute(steps.changed({**settings, **constant}))
+    prompts = chain.first.rewards.completions.prompts.num_rows
+    problem = str(chain.first.nothing_to_learn())
+    assert f"on each of {prompts} prompts all rewards are equal (every reward is 0)" in problem
+    assert f"ok {3 * prompts}" in problem
+    by_reward = {"training_data": {"preference": "reward"}, "objective": {"kind": "dpo"}}
+    chain, _ = steps.precompute(steps.changed({**paired, **constant}, **by_reward))
+    assert "no pair of completions has unequal rewards" in str(chain.first.nothing_to_learn())
+    chain, _ = steps.precompute(steps.changed({**paired, **constant}, objective={"kind": "dpo"}))
+    assert chain.first.nothing_to_learn() is None  # labels decide
 
 
 def test_rows_inserted_before_an_offline_completion_leave_its_rows_alone(

@@ -172,28 +172,32 @@ def offline(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 @pytest.mark.parametrize(
-    ("preference", "pairs", "tied"),
-    [("reward", [("a", 1, 2), ("a", 4, 3)], 1), ("label", [("a", 1, 2), ("a", 3, 4), ("b", 5, 6)], 0)],
+    ("preference", "pairs", "rows", "facts"),
+    [
+        (
+            "reward",
+            [("a", 1, 2), ("a", 4, 3)],
+            7,
+            {"label_contradicts_reward": 1, "pairs_with_an_unscored_side": 1, "tied_pairs": 1},
+        ),
+        ("label", [("a", 1, 2), ("a", 3, 4), ("b", 5, 6), ("b", 7, 8)], 8, {}),
+    ],
 )
 def test_offline_pairs_by_reward_or_by_label(
-    preference: str, pairs: list[tuple[str, int, int]], tied: int
+    preference: str, pairs: list[tuple[str, int, int]], rows: int, facts: dict[str, int]
 ) -> None:
     sides = [("a", 0, 1, 2), ("a", 1, 3, 4), ("b", 0, 5, 6), ("b", 1, 7, 8)]
-    rows = [
+    labels = [
         {"prompt_id": prompt, "pair": number, "label": label, "sample_index": index}
         for prompt, number, chosen, rejected in sides
         for label, index in (("chosen", chosen), ("rejected", rejected))
     ]
     # Pair 1 of a contradicts its label, pair 0 of b ties, one side of the last has no reward.
     table = rewards({"a": {1: 0.9, 2: 0.1, 3: 0.2, 4: 0.3}, "b": {5: 0.5, 6: 0.5, 7: 1.0, 8: None}})
-    chosen = select(mode("offline", preference=preference), table, None, offline=offline(rows))
+    chosen = select(mode("offline", preference=preference), table, None, offline=offline(labels))
     assert pairs_of(chosen) == pairs
-    assert chosen.facts == {
-        "label_contradicts_reward": 1,
-        "pairs_with_an_unscored_side": 1,
-        "tied_pairs": tied,
-    }
-    assert len(chosen.rows) == 7
+    assert chosen.facts == {"labelled_pairs": 4, **facts}
+    assert len(chosen.rows) == rows
     counts, references, *_ = rank(chosen)  # without references nothing is ranked
     assert set(counts["n"].to_pylist()) == {0}
     assert len(references) == 0
