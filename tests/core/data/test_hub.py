@@ -146,8 +146,9 @@ from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts, source_identity
 from qrpo_core.errors import DataError
 for argument in sys.argv[1:]:
-    name, _, revision = argument.partition("@")
-    config = PromptsConfig(kind="hub", name=name, revision=revision or None)
+    name, _, revision = argument.removesuffix(" streamed").partition("@")
+    streaming = argument.endswith(" streamed")
+    config = PromptsConfig(kind="hub", name=name, revision=revision or None, streaming=streaming)
     try:
         print(source_identity(config)["commit"], load_prompts(config).counts["read"])
     except DataError as error:
@@ -171,7 +172,9 @@ def test_a_hub_data_set_is_pinned_to_its_commit(tmp_path):
 
     try:
         assert "no copy of it in the cache" in run(1, "org/sums")[0]
-        online = run(0, "org/sums", "org/nothing", "org/sums@v9", f"org/sums@{FIRST}")
+        online = run(0, "org/sums streamed", "org/nothing", "org/sums@v9", f"org/sums@{FIRST}")
+        assert "cannot download 'train.jsonl' of data set 'org/sums'" in run(1, "org/sums")[0]
+        assert run(0, "org/sums") == [f"{FIRST} 20"]
         assert online[0] == online[3] == f"{FIRST} 20"
         assert "no data set 'org/nothing'" in online[1]
         assert "has no revision 'v9' [prompts.revision]" in online[2]
