@@ -22,6 +22,7 @@ from qrpo_core.steps.blocks import SampleStep
 from qrpo_core.steps.budgets import Scored
 from qrpo_core.steps.chain import reference_steps
 from qrpo_core.steps.ranked import shared_transform
+from qrpo_core.steps.truncated import training_rewards
 from qrpo_core.steps.workspace import Workspace
 
 
@@ -53,7 +54,7 @@ def propose(
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value} is refused", remedy="give a number of references, 1 or more")
     samples, rewards = reference_steps(workspace)
-    scored = Scored.of(rewards.read())
+    scored = Scored.of(training_rewards(workspace.experiment, rewards))
     have = {prompt: len(rows) for prompt, rows in samples.wanted.items()}
     transform, beta = shared_transform(workspace.experiment.objective), workspace.experiment.objective.beta
     lines = _facts(workspace, scored)

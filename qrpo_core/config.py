@@ -48,6 +48,10 @@ __all__ = [
 ]
 
 
+#: Kinds of reward that give a wrong answer 0, and nothing less.
+_WRONG_IS_ZERO = ("number", "exact", "math", "code", "reasoning_gym")
+
+
 class ModelConfig(Section):
     """The reference policy: the model that training starts from."""
 
@@ -172,6 +176,9 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _fits(self) -> Experiment:
         mode, kind = self.training_data.mode, self.objective.kind
+        if self.ranks_among_samples:
+            self._fits_samples()
+        self._fits_truncated()
         if mode == "random" and kind != "qrpo":
             raise ValueError(
                 f"objective.kind {kind!r} prefers one completion to another, and training_data.mode 'random' "
@@ -189,6 +196,51 @@ class Experiment(Section):
                     f"sampling.references_per_prompt {self.sampling.references_per_prompt} as references"
                 )
         return self
+
+    @property
+    def ranks_among_samples(self) -> bool:
+        """Whether targets come from quantiles among completions that are drawn from the policy."""
+        data = self.training_data
+        return self.objective.kind == "qrpo" and (data.mode != "offline" or data.references == "sampled")
+
+    @property
+    def training_temperature(self) -> float:
+        """The temperature of log-probs in training and of its reference; see training.temperature."""
+        if self.training.temperature is not None:
+            return self.training.temperature
+        sampled = self.ranks_among_samples or self.training_data.mode != "offline"
+        return self.sampling.temperature if sampled else 1.0
+
+    @property
+    def truncated_reward(self) -> float | None:
+        """The reward of a completion that the length limit cut; None where it keeps its own."""
+        if self.training_data.truncated != "wrong":
+            return None
+        return self.training_data.truncated_reward or 0.0
+
+    def _fits_truncated(self) -> None:
+        data = self.training_data
+        known = data.truncated_reward is not None or self.reward.kind in _WRONG_IS_ZERO
+        if data.truncated == "wrong" and not known:
+            raise ValueError(
+                f"training_data.truncated 'wrong': of kind {self.reward.kind!r} it is not known which reward "
+                "is wrong; set training_data.truncated_reward to the lowest that it gives"
+            )
+
+    def _fits_samples(self) -> None:
+        """Quantiles are those of the policy that the references are drawn from: so must log-ratios be."""
+        sampling, own = self.sampling, self.training.temperature
+        if sampling.top_p < 1:
+            raise ValueError(
+                f"sampling.top_p {sampling.top_p:g} leaves out part of the policy: quantiles would be those "
+                "of what is left, and log-ratios those of the whole; set sampling.top_p to 1 (a lower "
+                "sampling.temperature also keeps draws to what is probable, and is trained at)"
+            )
+        if own is not None and own != sampling.temperature:
+            raise ValueError(
+                f"training.temperature {own:g} is not sampling.temperature {sampling.temperature:g}: "
+                "quantiles would be those of another policy than log-ratios; leave training.temperature out"
+            )
 
     def _fits_offline(self) -> None:
         prompts, data = self.prompts, self.training_data

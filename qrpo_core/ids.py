@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,14 @@ def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def digest_pieces(pieces: Iterable[bytes]) -> str:
+    """sha256 of the pieces put together, 64 hex characters, without holding them at once."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def digest_json(value: Any) -> str:
     """The id of a JSON value: first 32 hex characters of sha256 over its canonical form."""
     return digest_bytes(canonical_json(value).encode())[:ID_LENGTH]
@@ -39,11 +47,8 @@ def digest_json(value: Any) -> str:
 
 def digest_file(path: Path | str) -> str:
     """sha256 of a local file, 64 hex characters, read in pieces."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return digest_pieces(iter(lambda: file.read(_CHUNK), b""))
 
 
 def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:

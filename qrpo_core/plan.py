@@ -8,9 +8,10 @@ from pathlib import Path
 
 from qrpo_core.errors import MissingError
 from qrpo_core.steps import policies, prompts
-from qrpo_core.steps.blocks import BlockStep
+from qrpo_core.steps.blocks import BlockStep, SampleStep
 from qrpo_core.steps.chain import Chain, chain
 from qrpo_core.steps.policies import Policy
+from qrpo_core.steps.truncated import treated
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import BlockManifest, Run, count_rows, missing_runs
 from qrpo_core.store.recipe import Recipe
@@ -33,6 +34,7 @@ class StagePlan:
     seconds : expected, from this store's measured rates; None where there is no measurement.
     tokens : expected for the missing rows, from the mean of those that the store has (sampling: drawn tokens;
         log-probs: prompt and completion); None where there is no measurement or no tokens are counted.
+    note : what is known of the rows that are there and matters for what follows; empty when nothing does.
     """
 
     stage: str
@@ -41,6 +43,7 @@ class StagePlan:
     why: str
     seconds: float | None = None
     tokens: float | None = None
+    note: str = ""
 
 
 def plan(workspace: Workspace) -> list[StagePlan]:
@@ -112,8 +115,9 @@ def _rows(workspace: Workspace, step: BlockStep) -> StagePlan:
     wanted, committed = step.wanted, workspace.blocks.committed(step.recipe)
     missing = missing_runs(wanted, committed)
     asked, count = count_rows(wanted), sum(run.count for run in missing)
+    note = _cut(workspace, step, committed)
     if not count:
-        return StagePlan(step.label, asked, 0, "", 0.0)
+        return StagePlan(step.label, asked, 0, "", 0.0, note=note)
     why = (
         _grown(missing, committed)
         if committed
@@ -121,7 +125,18 @@ def _rows(workspace: Workspace, step: BlockStep) -> StagePlan:
     )
     rate = workspace.blocks.rate(step.recipe)
     seconds = None if rate is None else count / rate
-    return StagePlan(step.label, asked - count, count, why, seconds, _tokens(committed, count))
+    return StagePlan(step.label, asked - count, count, why, seconds, _tokens(committed, count), note)
+
+
+def _cut(workspace: Workspace, step: BlockStep, committed: Iterable[BlockManifest]) -> str:
+    """How many of the drawn completions the length limit cut, and what training makes of them."""
+    counted = [block for block in committed if "cut" in block.facts]
+    cut = sum(int(block.facts["cut"]) for block in counted)
+    if not cut or not isinstance(step, SampleStep):
+        return ""
+    what = f"{cut:,} of {sum(block.rows for block in counted):,} are cut by the length limit"
+    held_out = step.prompts["split"].to_pylist()[:1] == ["held_out"]
+    return what if held_out else f"{what}, and {treated(workspace.experiment)}"
 
 
 def _grown(missing: Iterable[Run], committed: Iterable[BlockManifest]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qrpo_core.config import Experiment
 from qrpo_core.evaluation.summary import normalisation, outcome, summary_rows
 from qrpo_core.plan import StagePlan
 from qrpo_core.steps.chain import stored_chain
@@ -37,9 +38,10 @@ def plan_lines(stages: Sequence[StagePlan], store: str) -> list[str]:
 
 
 def plan_row(stage: StagePlan) -> tuple[str, str, str, str, str, str]:
-    """Stage, rows present and missing, tokens, expected time, why."""
+    """Stage, rows present and missing, tokens, expected time, why and what else there is to say."""
     tokens = f"{stage.tokens:,.0f}" if stage.missing and stage.tokens is not None else ""
-    return stage.stage, f"{stage.present:,}", f"{stage.missing:,}", tokens, _expected(stage), stage.why
+    why = "; ".join(filter(None, (stage.why, stage.note)))
+    return stage.stage, f"{stage.present:,}", f"{stage.missing:,}", tokens, _expected(stage), why
 
 
 def _expected(stage: StagePlan) -> str:
@@ -73,7 +75,8 @@ def result_lines(workspace: Workspace) -> list[str]:
     diagnostics: dict[str, Any] = made.train.facts["diagnostics"]
     rows = [("held-out evaluation", ""), *summary_rows(result), *normalisation_rows(diagnostics)]
     left = [("left out, merged or failed", "count", "why")]
-    left += [(row["what"], f"{row['count']:,}", row["why"]) for row in filtered(made.prompts, made.rounds)]
+    left_out = filtered(made.experiment, made.prompts, made.rounds)
+    left += [(row["what"], f"{row['count']:,}", row["why"]) for row in left_out]
     policy = workspace.artifacts.folder(made.train, "policy")
     paths = [f"Policy: {policy}", f"Report: {report_path(workspace)}"]
     return [str(outcome(result)), *headline_lines(made), "", *table(rows), "", *table(left), "", *paths]
@@ -81,7 +84,8 @@ def result_lines(workspace: Workspace) -> list[str]:
 
 def headline_lines(made: Results) -> list[str]:
     """What stands under the first line of a result, each line whole."""
-    return [str(each) for each in headlines(Finished(made.prompts, made.rounds, result_of(made.evaluate)))]
+    finished = Finished(made.experiment, made.prompts, made.rounds, result_of(made.evaluate))
+    return [str(each) for each in headlines(finished)]
 
 
 def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -106,6 +110,7 @@ def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:
 class Results:
     """The manifests of a finished run."""
 
+    experiment: Experiment
     prompts: Manifest
     rounds: tuple[Made, ...]
     evaluate: Manifest
@@ -123,7 +128,7 @@ def results(workspace: Workspace) -> Results:
     rounds = list(chain.rounds())
     made = tuple(each.made for each in rounds)
     end = chain.after(rounds[-1])
-    return Results(get(chain.prompts), made, get(end.evaluate), get(end.report))
+    return Results(workspace.experiment, get(chain.prompts), made, get(end.evaluate), get(end.report))
 
 
 def report_path(workspace: Workspace) -> Path:

@@ -83,13 +83,22 @@ class Engine(Protocol):
         ...
 
     def logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> npt.NDArray[np.float64]:
-        """log pi(completion | prompt) in nats for every sequence; log-softmax and sum in float32."""
+        """log pi(completion | prompt) in nats for every sequence; log-softmax and sum in float32.
+
+        pi is softmax(logits / temperature). An engine that scores at temperature 1 alone refuses others.
+        """
         ...
 
     def token_logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> list[npt.NDArray[np.float64]]:
         """log pi(token | what is before it) in nats, of every token of every completion."""
         ...

@@ -7,6 +7,7 @@ unpadded, and it is decoded in a table whose number of slots and positions follo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,8 +91,25 @@ def check_samples(
         checked.add(request.prompt_token_ids)
 
 
-def check_scores(sequences: Sequence[ScoreRequest], *, vocab_size: int, max_length: int | None) -> None:
-    """Refuse sequences that the model cannot score. Raises EngineError naming the row."""
+def check_scores(
+    sequences: Sequence[ScoreRequest],
+    *,
+    vocab_size: int,
+    max_length: int | None,
+    temperature: float = 1.0,
+    only_at_1: bool = False,
+) -> None:
+    """Refuse sequences that the model cannot score. Raises EngineError naming the row.
+
+    only_at_1 : whether the engine has the log-probs of temperature 1 alone.
+    """
+    if not 0 < temperature < math.inf:
+        raise EngineError(f"temperature {temperature} must be a number above 0")
+    if only_at_1 and temperature != 1:
+        raise EngineError(
+            f"this engine gives log-probs at temperature 1, not {temperature:g}",
+            remedy="score with the engine transformers",
+        )
     for row, sequence in enumerate(sequences):
         _check_tokens(sequence.prompt_token_ids, vocab_size, f"row {row}")
         if sequence.token_ids:

@@ -17,8 +17,16 @@ class SamplingConfig(Section):
         description="The pre-computation budget: reference completions of every training prompt.",
         json_schema_extra=Speed,
     )
-    temperature: PositiveFloat = Field(1.0, description="1 samples from the policy itself.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="1 keeps the whole distribution.")
+    temperature: PositiveFloat = Field(
+        1.0,
+        description="1 samples from the model as it is. Log-probs of training, its reference and KL are "
+        "counted at this temperature too (see training.temperature).",
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="1 keeps the whole distribution; less is refused where qrpo ranks among samples, whose "
+        "log-ratios would be those of another policy.",
+    )
     max_new_tokens: PositiveInt = Field(64, description="Length limit; a completion cut by it is marked.")
     seed: int = Field(0, description="With prompt_id and sample_index it gives every sample its own seed.")
     engine: Literal["transformers", "vllm", "endpoint", "fake"] = Field(

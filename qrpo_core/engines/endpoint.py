@@ -94,20 +94,33 @@ class EndpointEngine:
         return run(ask_all(client, len(requests), self._config.concurrency, ask, progress))
 
     def logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> npt.NDArray[np.float64]:
         """log pi(completion | prompt) in nats, [sequences]; see `token_logprobs`."""
-        return np.array([scores.sum() for scores in self.token_logprobs(sequences, progress)], np.float64)
+        rows = self.token_logprobs(sequences, progress, temperature)
+        return np.array([scores.sum() for scores in rows], np.float64)
 
     def token_logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> list[npt.NDArray[np.float64]]:
         """log pi(token | what is before it) of every token of every completion, in nats.
 
         Through vLLM's prompt_logprobs; raises EngineError where the server does not offer them.
         """
         self._check_open()
-        check_scores(sequences, vocab_size=self._vocab_size, max_length=self._max_length)
+        check_scores(
+            sequences,
+            vocab_size=self._vocab_size,
+            max_length=self._max_length,
+            temperature=temperature,
+            only_at_1=True,
+        )
         client = Client(self._config)
 
         async def ask(row: int) -> npt.NDArray[np.float64]:

@@ -88,17 +88,28 @@ class FakeEngine:
         return drawn
 
     def logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> npt.NDArray[np.float64]:
         """log-probability of every completion in nats, [sequences]."""
-        return np.array([scores.sum() for scores in self.token_logprobs(sequences, progress)])
+        return np.array([scores.sum() for scores in self.token_logprobs(sequences, progress, temperature)])
 
     def token_logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> list[Floats]:
         """log-probability of every token of every completion in nats."""
         table = self._table()
-        check_scores(sequences, vocab_size=self._vocab_size, max_length=self._max_length)
+        check_scores(
+            sequences, vocab_size=self._vocab_size, max_length=self._max_length, temperature=temperature
+        )
+        if temperature != 1:
+            table = table / temperature
+            table -= np.log(np.exp(table).sum(axis=1, keepdims=True))
         rows = []
         for sequence in sequences:
             state = _state(sequence.prompt_token_ids)

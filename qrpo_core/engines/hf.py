@@ -27,7 +27,7 @@ from qrpo_core.engines.passes import Passes
 from qrpo_core.engines.slots import ATTENTION, SlotCache
 from qrpo_core.errors import EngineError, ModelError
 from qrpo_core.policy import load_model
-from qrpo_core.train.forward import check_head, token_logprobs
+from qrpo_core.train.forward import CHECKED_TOKENS, check_head, token_logprobs
 
 
 class TransformersEngine:
@@ -98,7 +98,10 @@ class TransformersEngine:
         return [done[index] for index in range(len(requests))]
 
     def logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> npt.NDArray[np.float64]:
         """log pi(completion | prompt) in nats, [sequences]; log-softmax and sum in float32.
 
@@ -109,11 +112,14 @@ class TransformersEngine:
         def keep(rows: list[int], values: torch.Tensor) -> None:
             sums[rows] = values.sum(dim=1).double().cpu().numpy()
 
-        self._score(sequences, keep, progress)
+        self._score(sequences, keep, progress, temperature)
         return sums
 
     def token_logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> list[npt.NDArray[np.float64]]:
         """log pi(token | what is before it) of every token of every completion, in nats."""
         found: dict[int, npt.NDArray[np.float64]] = {}
@@ -123,7 +129,7 @@ class TransformersEngine:
                 start = len(sequences[row].prompt_token_ids)
                 found[row] = line[start : start + len(sequences[row].token_ids)]
 
-        self._score(sequences, keep, progress)
+        self._score(sequences, keep, progress, temperature)
         return [found[row] for row in range(len(sequences))]
 
     def close(self) -> None:
@@ -151,10 +157,13 @@ class TransformersEngine:
         sequences: Sequence[ScoreRequest],
         keep: Callable[[list[int], torch.Tensor], None],
         progress: Progress,
+        temperature: float,
     ) -> None:
         """Hand log-probs of completion tokens [rows, length], 0 elsewhere, over to `keep`, pass by pass."""
         model = self._model
-        batching.check_scores(sequences, vocab_size=self._vocab_size, max_length=self._max_length)
+        batching.check_scores(
+            sequences, vocab_size=self._vocab_size, max_length=self._max_length, temperature=temperature
+        )
 
         def score(rows: list[int]) -> None:
             asked = [sequences[row] for row in rows]
@@ -162,8 +171,8 @@ class TransformersEngine:
             names = ("input_ids", "attention_mask", "completion_mask")
             inputs = {name: batch[name].to(self._device) for name in names}
             if not self._head_checked:
-                self._check_head(inputs["input_ids"][:1, :8])
-            values = token_logprobs(model, **inputs)
+                self._check_head(inputs["input_ids"][:1, :CHECKED_TOKENS])
+            values = token_logprobs(model, **inputs, temperature=temperature)
             if not values.isfinite().all():
                 raise EngineError(
                     "the model's probabilities are not finite",

@@ -92,17 +92,30 @@ class VllmEngine:
         return [done for done in drawn if done is not None]
 
     def logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> npt.NDArray[np.float64]:
         """log pi(completion | prompt) in nats, [sequences]: vLLM's float32 log-softmax, summed in float64."""
-        return np.array([scores.sum() for scores in self.token_logprobs(sequences, progress)], np.float64)
+        rows = self.token_logprobs(sequences, progress, temperature)
+        return np.array([scores.sum() for scores in rows], np.float64)
 
     def token_logprobs(
-        self, sequences: Sequence[ScoreRequest], progress: Progress = no_progress
+        self,
+        sequences: Sequence[ScoreRequest],
+        progress: Progress = no_progress,
+        temperature: float = 1.0,
     ) -> list[npt.NDArray[np.float64]]:
         """log pi(token | what is before it) of every token of every completion, in nats."""
         self._check_open()
-        check_scores(sequences, vocab_size=self._vocab_size, max_length=self._max_length)
+        check_scores(
+            sequences,
+            vocab_size=self._vocab_size,
+            max_length=self._max_length,
+            temperature=temperature,
+            only_at_1=True,
+        )
         found = [np.zeros(len(sequence.token_ids)) for sequence in sequences]
         asked = [row for row, sequence in enumerate(sequences) if sequence.token_ids]
         if len(asked) < len(sequences):

@@ -35,7 +35,8 @@ class EvaluationInput:
     """Completions of the same held-out prompts under both policies, checked and sorted on construction.
 
     before : the reference policy's rows, schema `EVALUATED`.
-    after : the trained policy's rows, schema `EVALUATED_AFTER`.
+    after : the trained policy's rows, schema `EVALUATED_AFTER`; both log-probs at `temperature`, in float32
+        arithmetic.
     temperature, top_p : how both sides were sampled; they decide what the KL estimate estimates.
 
     Raises DataError for an empty table, a repeated (prompt_id, sample_index), a number that is not finite,

@@ -36,6 +36,9 @@ __all__ = [
 #: Numbers that one batch of resampled prompts may hold: bounds memory (80 MB), changes no result.
 _BATCH = 10_000_000
 
+#: In which both log-probs of a KL estimate are computed, whatever the precision of training.
+KL_ARITHMETIC = "float32"
+
 
 @dataclass(frozen=True)
 class PromptMeans:
@@ -214,8 +217,16 @@ def _kl(data: EvaluationInput) -> KLEstimate:
         )
     value, error = _clustered_ratio(ratio, np.ones_like(ratio), prompt)
     per_token, per_token_error = _clustered_ratio(ratio, tokens, prompt)
-    unbiased = data.temperature == 1 and data.top_p == 1
-    note = "Mean of log pi(y|x) - log pi_ref(y|x) over completions y drawn from the trained policy pi"
+    unbiased = data.top_p == 1
+    note = (
+        "Mean of log pi(y|x) - log pi_ref(y|x) over completions y drawn from the trained policy pi, both "
+        f"scored in {KL_ARITHMETIC} arithmetic"
+    )
+    if data.temperature != 1:
+        note += (
+            f", both policies softmax(logits / {data.temperature:g}), as they are sampled at temperature "
+            f"{data.temperature:g}"
+        )
     if unbiased:
         note += (
             ": an unbiased estimate of KL(pi || pi_ref). Positive when the policy has moved away from the "
@@ -223,10 +234,12 @@ def _kl(data: EvaluationInput) -> KLEstimate:
         )
     else:
         note += (
-            f" at temperature {data.temperature:g} and top_p {data.top_p:g}. Because these are not both 1, "
-            "it is not an estimate of KL(pi || pi_ref), only the mean log-ratio of what was drawn."
+            f". They were drawn at top_p {data.top_p:g}: because that is not 1, it is not an estimate of "
+            "KL(pi || pi_ref), only the mean log-ratio of what was drawn."
         )
-    return KLEstimate(value, error, per_token, per_token_error, unbiased, note)
+    return KLEstimate(
+        value, error, per_token, per_token_error, unbiased, KL_ARITHMETIC, data.temperature, note
+    )
 
 
 def _clustered_ratio(

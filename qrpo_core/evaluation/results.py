@@ -31,7 +31,8 @@ class KLEstimate:
     value : mean over completions of log pi - log pi_ref.
     per_token : the same sum over all tokens of those completions.
     standard_error, per_token_standard_error : clustered by prompt; None with one prompt.
-    unbiased : whether sampling was at temperature 1 and top_p 1.
+    unbiased : whether nothing of the policy was left out in sampling (top_p 1), so that it estimates KL.
+    arithmetic : in which both log-probs were computed. temperature : of both policies.
     note : what the number is an estimate of, in words.
     """
 
@@ -40,6 +41,8 @@ class KLEstimate:
     per_token: float
     per_token_standard_error: float | None
     unbiased: bool
+    arithmetic: str
+    temperature: float
     note: str
 
 

@@ -17,6 +17,7 @@ _DIAGNOSTICS = {
     "convention": "Ties count as",
     "transform": "Transform f",
     "beta": "beta, reward units",
+    "temperature": "Temperature of log-ratios, of policy and reference",
     "mean_beta": "beta over length, mean",
     "beta_max_binds": "Completions whose beta over length was cut to beta_max",
     "references": "Reference completions",
@@ -59,7 +60,7 @@ def tiles(result: EvaluationResult, diagnostics: Mapping[str, Any]) -> list[dict
         (
             "KL from the reference" if result.kl.unbiased else "Mean log-ratio (not a KL)",
             text["kl"],
-            f"{text['kl_per_token']} a token",
+            f"{text['kl_per_token']} a token, {result.kl.arithmetic} arithmetic",
             "",
         ),
         (

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qrpo_core.errors import DataError
-from qrpo_core.evaluation.metrics import Estimate, EvaluationResult, JudgeResult, SideSummary
+from qrpo_core.evaluation.metrics import (
+    Estimate,
+    EvaluationResult,
+    JudgeResult,
+    KLEstimate,
+    SideSummary,
+)
 
 Verdict = Literal["good", "bad", "unclear"]
 
@@ -117,7 +123,6 @@ def spelled(result: EvaluationResult) -> dict[str, str]:
 def summary_rows(result: EvaluationResult) -> list[tuple[str, str]]:
     """(label, value) rows of the evaluation's table, the same for the terminal, the UI and the report."""
     text = spelled(result)
-    kl = "KL(policy || reference)" if result.kl.unbiased else "Mean log-ratio (not a KL: see note)"
     level = f"{text['level']} interval"
     cut = f"{text['truncation_before']} → {text['truncation_after']}"
     return [
@@ -128,7 +133,7 @@ def summary_rows(result: EvaluationResult) -> list[tuple[str, str]]:
         ("Prompts better / equal / worse", text["changed"]),
         (f"Win rate against the reference ({level})", _joined(text["win_rate"], text["win_rate_interval"])),
         ("Ties among the pairs", text["ties"]),
-        (f"{kl} ± standard error", text["kl"]),
+        (f"{kl_name(result.kl)} ± standard error", text["kl"]),
         ("The same, per token", text["kl_per_token"]),
         ("Mean length before → after, tokens", f"{text['length_before']} → {text['length_after']}"),
         ("Median length before → after, tokens", f"{text['median_before']} → {text['median_after']}"),
@@ -138,6 +143,13 @@ def summary_rows(result: EvaluationResult) -> list[tuple[str, str]]:
         ("Prompts left out", text["left_out"]),
         *(row for name, judge in result.judges.items() for row in _judge_rows(name, judge, level)),
     ]
+
+
+def kl_name(kl: KLEstimate) -> str:
+    """What the mean log-ratio is, and in which arithmetic and at which temperature it was computed."""
+    name = "KL(policy || reference)" if kl.unbiased else "Mean log-ratio (not a KL: see note)"
+    at = f", temperature {kl.temperature:g}" if kl.temperature != 1 else ""
+    return f"{name}, {kl.arithmetic} arithmetic{at}"
 
 
 def _judge_rows(name: str, judge: JudgeResult, level: str) -> list[tuple[str, str]]:

@@ -189,7 +189,8 @@ def _completion(chain: Chain, draws: Draws, index: int) -> Row:
     notes += [_LABELS if isinstance(draws.rewards, Unscored) else "not scored yet"] if reward is None else []
     if stands is not None:
         section |= stands.of_prompt() | stands.of_completion(index)
-        notes += stands.notes + stands.reasons(index, None if reward is None else reward["status"])
+        cut = drawn is not None and drawn["finish_reason"] == "length"
+        notes += stands.notes + stands.reasons(index, None if reward is None else reward["status"], cut)
     section |= {"notes": notes, "blocks": list(_blocks(workspace, draws, index))}
     return section | {"artifacts": [_artifact(workspace, each) for each in _artifacts(chain, draws)]}
 

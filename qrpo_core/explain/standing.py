@@ -15,6 +15,7 @@ from qrpo_core.records import PAIRS, RANK_COUNTS, REFERENCE_REWARDS
 from qrpo_core.steps.rounds import Round
 from qrpo_core.steps.tables import load
 from qrpo_core.steps.targets import TrainingData, derive
+from qrpo_core.steps.truncated import treated
 
 #: Level of the exact interval of a quantile.
 LEVEL = 0.95
@@ -64,10 +65,19 @@ class Standing:
             "pairs": [pair for pair in self.pairs if index in (pair["chosen"], pair["rejected"])],
         }
 
-    def reasons(self, index: int, status: str | None) -> list[str]:
-        """Why a scored completion has no ranks or no target, where the artifacts are there."""
+    def reasons(self, index: int, status: str | None, cut: bool) -> list[str]:
+        """Why a scored completion has no ranks or no target, where the artifacts are there.
+
+        cut : whether the length limit ended it.
+        """
         if not self.ranked or status is None:
             return []
+        if cut and self.experiment.training_data.truncated != "keep":
+            why = [f"cut by the length limit: {treated(self.experiment)}"]
+            return why + self._reasons(index, "ok") if index in self.counts else why
+        return self._reasons(index, status)
+
+    def _reasons(self, index: int, status: str) -> list[str]:
         if index not in self.counts:
             if status != "ok":
                 return [f"status {status}: in no quantile"]

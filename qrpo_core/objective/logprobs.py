@@ -8,6 +8,7 @@ backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ def completion_logprobs(
     chunk_tokens: int = CHUNK_TOKENS,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """log pi(y|x): the sum of completion token log-probs of each sequence, [batch], in nats.
 
@@ -43,6 +45,7 @@ def completion_logprobs(
     chunk_tokens : positions projected at a time. It sets the memory, [chunk_tokens, vocab] twice.
     logit_scale, logit_softcap : logits z (bias included) become c tanh(scale z / c), or scale z without a
         softcap c.
+    temperature : pi is softmax(logits / temperature), the policy as it is sampled at that temperature.
 
     Returns
     -------
@@ -52,10 +55,19 @@ def completion_logprobs(
 
     Raises
     ------
-    ObjectiveError : shapes that do not fit, mask[:, 0] true, chunk_tokens < 1, logit_softcap <= 0.
+    ObjectiveError : shapes that do not fit, mask[:, 0] true, chunk_tokens < 1, logit_softcap or temperature
+        not above 0.
     """
     return completion_token_logprobs(
-        hidden, lm_head_weight, token_ids, mask, lm_head_bias, chunk_tokens, logit_scale, logit_softcap
+        hidden,
+        lm_head_weight,
+        token_ids,
+        mask,
+        lm_head_bias,
+        chunk_tokens,
+        logit_scale,
+        logit_softcap,
+        temperature,
     ).sum(dim=1)
 
 
@@ -68,6 +80,7 @@ def completion_token_logprobs(
     chunk_tokens: int = CHUNK_TOKENS,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """log pi(y_t | x, y_<t) of each completion token, [batch, length], 0 where mask is false.
 
@@ -78,11 +91,14 @@ def completion_token_logprobs(
         raise ObjectiveError(
             f"chunk_tokens must be >= 1 and logit_softcap > 0 or None, got {chunk_tokens} and {logit_softcap}"
         )
+    if not 0 < temperature < math.inf:
+        raise ObjectiveError(f"temperature must be a number above 0, got {temperature}")
     positions = predicted.flatten().nonzero().squeeze(1)
     # hidden[:, t - 1] predicts token t: with mask[:, 0] false, position - 1 never leaves the row.
     states = hidden.flatten(0, 1).index_select(0, positions - 1)
     labels = token_ids.flatten().index_select(0, positions)
-    head = _Head(chunk_tokens, float(logit_scale), logit_softcap, _projection_dtype(hidden, lm_head_weight))
+    dtype = _projection_dtype(hidden, lm_head_weight)
+    head = _Head(chunk_tokens, float(logit_scale), logit_softcap, float(temperature), dtype)
     values: Tensor = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
         states, lm_head_weight, lm_head_bias, labels, head
     )
@@ -122,6 +138,7 @@ class _Head:
     chunk: int
     scale: float
     softcap: float | None
+    temperature: float
     dtype: torch.dtype
 
     @property
@@ -131,7 +148,7 @@ class _Head:
     def logits(
         self, states: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """(rows, scaled states [n, dim], logits [n, vocab], spare [n, vocab]) chunk by chunk.
+        """(rows, scaled states [n, dim], logits over temperature [n, vocab], spare [n, vocab]) by chunks.
 
         The [n, vocab] memory is allocated once: fresh pages cost a CPU as much as the softmax itself.
         """
@@ -151,14 +168,17 @@ class _Head:
                 logits += bias.to(self.sum_dtype) * self.scale
             if self.softcap is not None:
                 logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            if self.temperature != 1:
+                logits.div_(self.temperature)
             yield part, scaled, logits, spare[:n]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     """log softmax(states @ weight.T)[labels], rows [n]; the backward pass computes the logits again.
 
-    With p = softmax and g the incoming gradient of a row, d(logits) = g (onehot - p). It is never formed:
-    g is put on the [n, dim] side of both products, and the one-hot part is a row of the weight.
+    With p = softmax(logits / T) and g the incoming gradient of a row, d(logits) = g (onehot - p) / T. It is
+    never formed: g / T is put on the [n, dim] side of both products, and the one-hot part is a row of the
+    weight.
     """
 
     @staticmethod
@@ -187,11 +207,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
             low = weight.to(head.dtype)
             pull = _fast_right_operand(low) if need_states else low
             for part, scaled, logits, p in head.logits(states, low, bias):
-                label, row = labels[part], grad[part, None]
+                label, row = labels[part], grad[part, None] / head.temperature
                 torch.softmax(logits, dim=1, out=p)
                 hit = row
                 if head.softcap is not None:  # d/dz of c tanh(z/c) is 1 - (logit/c)^2
-                    slope = 1 - (logits / head.softcap).square()
+                    slope = 1 - (logits * (head.temperature / head.softcap)).square()
                     hit = row * slope.gather(1, label[:, None])
                     p *= slope
                 p_low = p.to(head.dtype)

@@ -32,6 +32,9 @@ SAMPLE_VERSION = 1
 REWARD_VERSION = 2
 LOGPROB_VERSION = 1
 
+#: Of both sides of a KL estimate; `evaluation.metrics.KL_ARITHMETIC` says it in words.
+_KL_PRECISION = "fp32"
+
 
 def sample_recipe(workspace: Workspace, policy_digest: str) -> Recipe:
     """Decided by the policy and the settings of the draw; which engine drew a row is a column."""
@@ -60,9 +63,37 @@ def reward_recipe(workspace: Workspace, texts: Recipe, scorer: RewardConfig | No
     return Recipe("reward", REWARD_VERSION, config, {"completions": texts.key})
 
 
-def logprob_recipe(workspace: Workspace, policy_digest: str, completions: Recipe) -> Recipe:
-    """Decided by the policy, its precision and the completions."""
-    config = {"precision": workspace.experiment.training.precision}
+@dataclass(frozen=True)
+class Scoring:
+    """How log-probs are computed.
+
+    precision : "bf16" (float32 weights under bfloat16 autocast, where that is native) or "fp32".
+    temperature : log-probs are those of softmax(logits / temperature).
+    """
+
+    precision: str
+    temperature: float
+
+    @classmethod
+    def of_training(cls, experiment: Experiment) -> Scoring:
+        """The trainer's own, so that the log-ratio begins at 0."""
+        return cls(experiment.training.precision, experiment.training_temperature)
+
+    @classmethod
+    def of_kl(cls, experiment: Experiment) -> Scoring:
+        """That of a KL estimate: of the policies as they are drawn from, without the rounding of bfloat16.
+
+        Under bfloat16 autocast two policies that are equal in float32 have a KL of about 0.01 nats a token
+        (method.md 10).
+        """
+        return cls(_KL_PRECISION, experiment.sampling.temperature)
+
+
+def logprob_recipe(policy_digest: str, completions: Recipe, scoring: Scoring) -> Recipe:
+    """Decided by the policy, how its log-probs are computed, and the completions."""
+    config: dict[str, Any] = {"precision": scoring.precision}
+    if scoring.temperature != 1:  # at 1 rows keep the name under which stores have them
+        config["temperature"] = scoring.temperature
     return Recipe(
         "logprob", LOGPROB_VERSION, config, {"policy": policy_digest, "completions": completions.key}
     )
@@ -123,6 +154,11 @@ class SampleStep:
     def opening(self, messages: Messages) -> str:
         return self.workspace.chat(self.policy.directory).turn_opening(messages)
 
+    def cut(self, pairs: Sequence[tuple[str, int]]) -> pa.Array:
+        few = pa.schema([COMPLETIONS.field(name) for name in ("prompt_id", "sample_index", "finish_reason")])
+        ended = self.workspace.blocks.read_pairs(self.recipe, pairs, few)["finish_reason"]
+        return pc.equal(ended, "length").combine_chunks()
+
     @property
     def engine_kind(self) -> str:
         """Which engine draws. A server serves the reference: a policy that was trained is drawn from here."""
@@ -165,8 +201,9 @@ class SampleStep:
                 "engine": [engine.name] * len(drawn),
             }
         )
-        tokens_drawn = sum(len(c.token_ids) for c in drawn)
-        return table, {"engine": engine.name, "exact": engine.exact, "tokens": tokens_drawn}
+        facts = {"tokens": sum(len(c.token_ids) for c in drawn)}
+        facts["cut"] = sum(c.finish_reason == "length" for c in drawn)
+        return table, {"engine": engine.name, "exact": engine.exact, **facts}
 
 
 @dataclass(frozen=True)
@@ -233,21 +270,25 @@ class RewardStep:
 
 @dataclass(frozen=True)
 class LogprobStep:
-    """Log-probabilities of completions under a policy, at the trainer's precision.
+    """Log-probabilities of completions under a policy.
 
-    rows : which of the completions; all of them by default.
+    rows : which of the completions; all of them by default. scoring : None computes them as the trainer does.
     """
 
     completions: Completions
     policy: Policy
     label: str
     rows: Wanted | None = None
+    scoring: Scoring | None = None
     schema = LOGPROBS
 
     @property
     def recipe(self) -> Recipe:
-        workspace = self.completions.workspace
-        return logprob_recipe(workspace, self.policy.digest, self.completions.recipe)
+        return logprob_recipe(self.policy.digest, self.completions.recipe, self._scoring)
+
+    @property
+    def _scoring(self) -> Scoring:
+        return self.scoring or Scoring.of_training(self.completions.workspace.experiment)
 
     @property
     def wanted(self) -> Wanted:
@@ -260,7 +301,7 @@ class LogprobStep:
         engine = workspace.engine(
             self.policy.directory,
             kind="transformers",  # the trainer's own numerics, whichever engine drew the rows
-            precision=workspace.experiment.training.precision,
+            precision=self._scoring.precision,
         )
         rows = _rows(self.completions.prompts, {run.key for run in plan.runs})
         prompts = {key: chat.prompt_token_ids(row["messages"]) for key, row in rows.items()}
@@ -270,7 +311,7 @@ class LogprobStep:
             {
                 "prompt_id": [key for key, _ in pairs],
                 "sample_index": [index for _, index in pairs],
-                "logprob": engine.logprobs(asked, progress),
+                "logprob": engine.logprobs(asked, progress, self._scoring.temperature),
                 "num_tokens": [len(ids) for ids in tokens],
             }
         )

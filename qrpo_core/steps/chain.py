@@ -15,6 +15,7 @@ from qrpo_core.steps.blocks import (
     LogprobStep,
     RewardStep,
     SampleStep,
+    Scoring,
     reward_recipe,
     sample_recipe,
 )
@@ -63,9 +64,10 @@ def held_out_steps(workspace: Workspace, table: pa.Table, policy: Policy, when: 
 
 def kl_steps(after: HeldOutSteps, trained: Policy, reference: Policy) -> KLSteps:
     """Both sides of the KL estimate."""
+    scoring = Scoring.of_kl(after.samples.workspace.experiment)
     return KLSteps(
-        LogprobStep(after.samples, trained, "policy log-probs, after"),
-        LogprobStep(after.samples, reference, "reference log-probs, after"),
+        LogprobStep(after.samples, trained, "policy log-probs, after", scoring=scoring),
+        LogprobStep(after.samples, reference, "reference log-probs, after", scoring=scoring),
     )
 
 

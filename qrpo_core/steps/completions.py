@@ -60,6 +60,10 @@ class Completions(Protocol):
         """What stands before each text in the assistant's turn, written by the chat template."""
         ...
 
+    def cut(self, pairs: Sequence[tuple[str, int]]) -> pa.Array:
+        """Whether the length limit ended each of them, bool."""
+        ...
+
 
 @dataclass(frozen=True)
 class OfflineCompletions:
@@ -130,6 +134,9 @@ class OfflineCompletions:
 
     def opening(self, messages: Messages) -> str:
         return ""  # the data set's text is the whole answer, with its thinking if it has any
+
+    def cut(self, pairs: Sequence[tuple[str, int]]) -> pa.Array:
+        return pa.array([False] * len(pairs), pa.bool_())  # a data set's answers are taken as whole
 
 
 @dataclass(frozen=True)

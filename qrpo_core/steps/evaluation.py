@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qrpo_core import __version__
-from qrpo_core.config import recipe_fields
+from qrpo_core.config import Experiment, recipe_fields
 from qrpo_core.evaluation.inputs import EVALUATED, EVALUATED_AFTER, EvaluationInput
 from qrpo_core.evaluation.metrics import EvaluationResult, evaluate_policies
 from qrpo_core.records import COMPLETIONS, LOGPROBS
@@ -20,6 +20,7 @@ from qrpo_core.steps.blocks import BlockStep, RewardStep
 from qrpo_core.steps.headlines import Finished, headlines
 from qrpo_core.steps.tables import load, to_bytes
 from qrpo_core.steps.targets import TrainingData, derive
+from qrpo_core.steps.truncated import treated
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.blocks import count_rows
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from qrpo_core.steps.chain import Chain, EvaluationChain
     from qrpo_core.steps.rounds import Made, Round
 
-VERSION = 2
+VERSION = 3
 REPORT_VERSION = 4
 
 
@@ -89,7 +90,9 @@ def _evaluated(workspace: Workspace, rewards: RewardStep) -> pa.Table:
 def report_recipe(workspace: Workspace, evaluation: Recipe, train: Recipe) -> Recipe:
     """Decided by what it shows; the experiment's name stands in the title."""
     inputs = {"evaluate": evaluation.key, "train": train.key}
-    return Recipe("report", REPORT_VERSION, {"name": workspace.experiment.name}, inputs)
+    experiment = workspace.experiment
+    config = {"name": experiment.name, "truncated_warning": experiment.training_data.truncated_warning}
+    return Recipe("report", REPORT_VERSION, config, inputs)
 
 
 def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Manifest:
@@ -112,14 +115,14 @@ def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Ma
             before=before,
             after=after,
             training=_training_rows(data),
-            headlines=headlines(Finished(found, made, result)),
+            headlines=headlines(Finished(workspace.experiment, found, made, result)),
             diagnostics=data.diagnostics,
             history=_history(workspace, [each.train for each in made]),
             stages=[
                 *(row for pair in rounds for row in _round_costs(workspace, *pair)),
                 *(cost(workspace, step) for step in steps),
             ],
-            filtered=filtered(found, made),
+            filtered=filtered(workspace.experiment, found, made),
             lineage=_lineage(found, rounds, evaluated, steps),
             examples=pick_examples(before, after, chain.table),
         )
@@ -191,13 +194,16 @@ _SELECTION = {
         "pairs with equal rewards",
         "neither side is better, so a baseline learns nothing from them",
     ),
-    "unpaired_rows": ("completions without a partner", "the other one of its pair has no reward"),
+    "unpaired_rows": (
+        "completions without a partner",
+        "the other one of its pair has no reward, or is left out",
+    ),
     "pairs_with_an_unscored_side": ("pairs with an unscored side", "both need a reward"),
     "label_contradicts_reward": ("pairs whose label contradicts the reward", "the reward decides"),
 }
 
 
-def filtered(prompts: Manifest, rounds: Sequence[Made]) -> list[dict[str, Any]]:
+def filtered(experiment: Experiment, prompts: Manifest, rounds: Sequence[Made]) -> list[dict[str, Any]]:
     """Everything that was left out, merged or not scored, with counts; zeros are kept and shown."""
     counts = prompts.facts["counts"]
     rows = [
@@ -207,11 +213,11 @@ def filtered(prompts: Manifest, rounds: Sequence[Made]) -> list[dict[str, Any]]:
     rows += [_left(what, counts[name], why) for name, (what, why) in _SOURCE.items() if name in counts]
     for number, made in enumerate(rounds, 1):
         where = "" if number == 1 else f", round {number}"
-        rows += [_left(what + where, count, why) for what, count, why in _left_out(made)]
+        rows += [_left(what + where, count, why) for what, count, why in _left_out(experiment, made)]
     return rows
 
 
-def _left_out(made: Made) -> Iterator[tuple[str, int, str]]:
+def _left_out(experiment: Experiment, made: Made) -> Iterator[tuple[str, int, str]]:
     facts = made.quantiles.facts
     for name, key in (("completions", "statuses"), ("references", "reference_statuses")):
         statuses = {status: each["count"] for status, each in facts.get(key, {}).items()}
@@ -225,8 +231,8 @@ def _left_out(made: Made) -> Iterator[tuple[str, int, str]]:
             yield what, facts[fact], why
     few = made.train.facts["diagnostics"].get("prompts_with_too_few_references", 0)
     yield "training prompts left out", facts["prompts_left_out"] + few, "too few scored completions"
-    cut = made.training_set.facts["truncated"]
-    yield "training completions cut by the length limit", cut, "kept: without them it is another policy"
+    for name, count in facts["cut"].items():
+        yield f"{name} cut by the length limit", count["cut"], treated(experiment)
 
 
 def _left(what: str, count: int, why: str) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from qrpo_core.config import Experiment
 from qrpo_core.evaluation.headlines import Headline, in_order
 from qrpo_core.evaluation.metrics import EvaluationResult
 from qrpo_core.evaluation.summary import FEW_FAILED, percent
 from qrpo_core.steps import signal
 from qrpo_core.steps.rounds import Made
+from qrpo_core.steps.truncated import many_cut
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.train.names import OBJECTIVE_NAMES
 
@@ -29,6 +31,7 @@ _DECIDED = {"label": "the data set's labels", "reward": "their rewards"}
 class Finished:
     """What a finished run made, without its report. rounds : of each round, in order."""
 
+    experiment: Experiment
     prompts: Manifest
     rounds: Sequence[Made]
     evaluation: EvaluationResult
@@ -86,17 +89,15 @@ def tied_prompts(finished: Finished) -> Iterator[Headline]:
             yield Headline("warning", f"{text}teach nothing.")
 
 
-def all_truncated(finished: Finished) -> Iterator[Headline]:
-    """Whether no completion came to its own end: rewards are then those of beginnings."""
-    remedy = "raise sampling.max_new_tokens."
+def cut(finished: Finished) -> Iterator[Headline]:
+    """Where the length limit cut many completions: rewards are then those of beginnings."""
     for where, made in _rounds(finished):
-        facts = made.training_set.facts
-        if facts["truncated"] == facts["rows"] > 0:
-            text = f"All {facts['rows']:,} training completions{where} were cut by the length limit: {remedy}"
-            yield Headline("warning", text)
+        for name, found in made.quantiles.facts["cut"].items():
+            if (line := many_cut(finished.experiment, f"{name}{where}", found)) is not None:
+                yield Headline("warning", line)
     if finished.evaluation.after.truncation_rate == 1:
-        text = f"Every held-out completion of the trained policy was cut by the length limit: {remedy}"
-        yield Headline("warning", text)
+        text = "Every held-out completion of the trained policy was cut by the length limit: raise "
+        yield Headline("warning", f"{text}sampling.max_new_tokens.")
 
 
 def _rounds(finished: Finished) -> Iterator[tuple[str, Made]]:
@@ -110,5 +111,5 @@ _SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (
     contradicted_labels,
     unscored_rows,
     tied_prompts,
-    all_truncated,
+    cut,
 )

@@ -17,6 +17,7 @@ from qrpo_core.steps import signal
 from qrpo_core.steps.completions import Completions, OfflineCompletions
 from qrpo_core.steps.selection import Selection, select
 from qrpo_core.steps.tables import to_bytes
+from qrpo_core.steps.truncated import cut_facts, require_whole, training_rewards
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
@@ -63,16 +64,19 @@ def build(workspace: Workspace, asked: Recipe, rewards: Rewards, references: Rew
     def make(scratch: Path) -> Built:
         completions = rewards.completions
         offline = completions.rows if isinstance(completions, OfflineCompletions) else None
-        table = rewards.read()
-        others = table if references is rewards else None if references is None else references.read()
-        data = workspace.experiment.decided_data
+        experiment = workspace.experiment
+        table, others = training_rewards(experiment, rewards), None
+        if references is not None:
+            others = table if references is rewards else training_rewards(experiment, references)
+        require_whole(experiment, table)
+        data = experiment.decided_data
         statuses = {"statuses": signal.status_facts(table)}
         if others is not None and others is not table:
             statuses["reference_statuses"] = signal.status_facts(others)
         chosen = select(data, table, others, offline=offline)
         failed = "; ".join(filter(None, (signal.unscored(each) for each in statuses.values())))
         counts, reference_rewards, pairs, facts = rank(chosen, failed)
-        facts |= statuses | {"preference": data.preference}
+        facts |= statuses | {"preference": data.preference} | cut_facts(experiment, table, others)
         facts["prompts_left_out"] = completions.prompts.num_rows - facts["prompts"]
         files: dict[str, Path | bytes] = {
             "rank_counts.parquet": to_bytes(counts, RANK_COUNTS, "rank counts"),

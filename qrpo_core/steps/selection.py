@@ -48,8 +48,9 @@ def select(
 ) -> Selection:
     """The completions to train on.
 
-    rewards : REWARDS of the candidates. references : REWARDS to rank among; the same table object as
-        `rewards` where the candidates are the references themselves; None where nothing is ranked.
+    rewards : REWARDS of the candidates, and with `truncated: leave_out` a column `cut`.
+    references : REWARDS to rank among; the same table object as `rewards` where the candidates are the
+        references themselves; None where nothing is ranked.
     offline : OFFLINE rows of mode offline, which say what was paired with what.
     """
     shared = references is rewards
@@ -57,6 +58,8 @@ def select(
         return _labelled(offline)
     scored = _ok(rewards)
     others = scored if shared else None if references is None else _ok(references)
+    if data.truncated == "leave_out":  # of training alone: without them the references are another policy's
+        scored = scored.filter(pc.invert(scored["cut"]))
     if data.mode == "offline":
         return _offline(Selection(scored, PAIRS.empty_table(), others, shared), offline)
     if data.mode == "best_worst":
@@ -110,8 +113,8 @@ def _best_worst(
     """The best and the worst of each prompt's pool; of equals the first is best and the last is worst."""
     pool = scored
     if shared and others is not None:
-        inside = pc.less(scored["sample_index"], data.pool)
-        pool, others = scored.filter(inside), scored.filter(pc.invert(inside))
+        pool = scored.filter(pc.less(scored["sample_index"], data.pool))
+        others = others.filter(pc.greater_equal(others["sample_index"], data.pool))
     worst, best = _ends(pool)
     rows = pool.take(pa.array(np.stack([best, worst], axis=1).ravel()))
     reward = rows["reward"].to_numpy()

@@ -6,7 +6,7 @@ sides, sft the chosen one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,18 +73,30 @@ class TrainingData:
 
 def derive(workspace: Workspace, manifest: Manifest) -> TrainingData:
     """A stored training set at the experiment's objective."""
-    return training_data(
+    experiment = workspace.experiment
+    data = training_data(
         load(workspace, manifest, "training_set.parquet", TRAINING_SET),
         load(workspace, manifest, "pairs.parquet", PAIRS),
         load(workspace, manifest, "reference_rewards.parquet", REFERENCE_REWARDS),
-        workspace.experiment.objective,
+        experiment.objective,
+        selected=manifest.facts["selected"],
     )
+    diagnostics = data.diagnostics | {"temperature": experiment.training_temperature}
+    return replace(data, diagnostics=diagnostics)
 
 
 def training_data(
-    table: pa.Table, pairs: pa.Table, references: pa.Table, objective: ObjectiveConfig
+    table: pa.Table,
+    pairs: pa.Table,
+    references: pa.Table,
+    objective: ObjectiveConfig,
+    *,
+    selected: bool = False,
 ) -> TrainingData:
     """See `derive`; TRAINING_SET, PAIRS and REFERENCE_REWARDS rows.
+
+    selected : whether the rows were picked from the references by what they are, so that a mean over them
+        is none over the reference policy.
 
     Raises ObjectiveError where a baseline is left without a pair, or QRPO without a prompt whose references
     are enough for its transform.
@@ -97,10 +109,12 @@ def training_data(
                 remedy="draw more completions, or use a reward that tells them apart",
             )
         return TrainingData(table, pairs, None, objective, _plain_diagnostics(table, pairs, objective))
-    return _qrpo(table, pairs, references, objective)
+    return _qrpo(table, pairs, references, objective, selected)
 
 
-def _qrpo(table: pa.Table, pairs: pa.Table, references: pa.Table, objective: ObjectiveConfig) -> TrainingData:
+def _qrpo(
+    table: pa.Table, pairs: pa.Table, references: pa.Table, objective: ObjectiveConfig, selected: bool
+) -> TrainingData:
     asked = pc.count_distinct(table["prompt_id"]).as_py()
     sizes = pc.list_value_length(references["rewards"])
     needed = fewest_references(objective)
@@ -115,7 +129,7 @@ def _qrpo(table: pa.Table, pairs: pa.Table, references: pa.Table, objective: Obj
     ranked = Ranked.of(kept, references, objective)
     targets = ranked.targets(normaliser=objective.normaliser, tie_tolerance=objective.tie_tolerance)
     few = asked - pc.count_distinct(kept["prompt_id"]).as_py()
-    diagnostics = _diagnostics(kept, targets, ranked, objective)
+    diagnostics = _diagnostics(kept, targets, ranked, objective, selected)
     diagnostics |= {"prompts_with_too_few_references": few} if few else {}
     return TrainingData(kept, pairs, targets, objective, diagnostics)
 
@@ -133,7 +147,7 @@ def _plain_diagnostics(table: pa.Table, pairs: pa.Table, objective: ObjectiveCon
 
 
 def _diagnostics(
-    table: pa.Table, targets: CalibratedTargets, ranked: Ranked, objective: ObjectiveConfig
+    table: pa.Table, targets: CalibratedTargets, ranked: Ranked, objective: ObjectiveConfig, selected: bool
 ) -> dict[str, Any]:
     rewards = reward_diagnostics(ranked.reference_codes, ranked.reference_rewards)
     ends = saturation(ranked.counts)
@@ -162,14 +176,19 @@ def _diagnostics(
     if not ranked.in_pool:
         # Of the references themselves it must be 0 up to noise; of other completions it says how they differ.
         found["quantile_distance_from_uniform"] = calibration(ranked.counts, ranked.seeds).statistic
-    return _checks(ranked, targets, objective) | found
+    return _checks(ranked, targets, objective, ranked.in_pool and not selected) | found
 
 
-def _checks(ranked: Ranked, targets: CalibratedTargets, objective: ObjectiveConfig) -> dict[str, Any]:
-    """The normalisation check with the normaliser in use, and with the paper's, which knows no ties."""
-    if not ranked.in_pool and objective.beta_scale == "by_length":
+def _checks(
+    ranked: Ranked, targets: CalibratedTargets, objective: ObjectiveConfig, drawn: bool
+) -> dict[str, Any]:
+    """The normalisation check with the normaliser in use, and with the paper's, which knows no ties.
+
+    drawn : whether the training completions are draws from the reference policy, as the check's mean is over.
+    """
+    if not drawn and objective.beta_scale == "by_length":
         return {}  # it runs over references, and their lengths are not here
-    if ranked.in_pool:
+    if drawn:
         used, codes = targets, ranked.codes
         paper = ranked.targets(normaliser="population", tie_tolerance=1.0)
     else:

@@ -11,6 +11,7 @@ from qrpo_core.steps import budgets
 from qrpo_core.steps.blocks import BlockStep, RewardStep, SampleStep
 from qrpo_core.steps.budgets import Scored
 from qrpo_core.steps.chain import reference_steps
+from qrpo_core.steps.truncated import training_rewards
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import missing_runs
 
@@ -38,7 +39,9 @@ def next_portion(workspace: Workspace, rows: int, *, started: bool = False) -> P
     if portion is not None or target is None or _lacking(workspace, samples, rewards):
         return portion
     wanted = budgets.for_precision(
-        Scored.of(rewards.read()), target, workspace.experiment.top_up.max_references
+        Scored.of(training_rewards(workspace.experiment, rewards)),
+        target,
+        workspace.experiment.top_up.max_references,
     )
     have = {prompt: len(indices) for prompt, indices in samples.wanted.items()}
     grown = {prompt: min(count, 2 * have[prompt]) for prompt, count in wanted.items() if count > have[prompt]}

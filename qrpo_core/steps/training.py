@@ -27,6 +27,7 @@ def recipe(workspace: Workspace, training_set: Recipe, policy: Policy) -> Recipe
     config = {
         "objective": recipe_fields(experiment.objective),
         "training": recipe_fields(experiment.training),
+        "temperature": experiment.training_temperature,
         "dtype": experiment.model.dtype,
     }
     return Recipe("train", VERSION, config, {"training_set": training_set.key, "policy": policy.digest})
@@ -56,7 +57,7 @@ def build(
             scratch / "policy",
             model=experiment.model,
             objective=experiment.objective,
-            training=experiment.training,
+            training=experiment.training.model_copy(update={"temperature": experiment.training_temperature}),
             work=work_directory(asked),
             on_step=on_step,
         )

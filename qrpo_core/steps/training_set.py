@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from qrpo_core.records import LOGPROBS, RANK_COUNTS, TRAINING_SET
 from qrpo_core.steps.blocks import LogprobStep
@@ -49,8 +48,7 @@ def build(workspace: Workspace, asked: Recipe, quantiles: Manifest, logprobs: Lo
             "pairs.parquet": workspace.artifacts.read(quantiles, "pairs.parquet"),
             "reference_rewards.parquet": workspace.artifacts.read(quantiles, "reference_rewards.parquet"),
         }
-        cut = int(pc.sum(pc.equal(drawn["finish_reason"], "length")).as_py() or 0)
-        return files, {"rows": len(table), "prompts": len(tokens), "truncated": cut}
+        return files, {"rows": len(table), "prompts": len(tokens), "selected": quantiles.facts["selected"]}
 
     return workspace.make(asked, make)
 

@@ -8,6 +8,7 @@ import yaml
 
 from qrpo_core import __version__
 from qrpo_core.config import Experiment
+from qrpo_core.evaluation.metrics import KL_ARITHMETIC
 from qrpo_core.store.recipe import Recipe
 from qrpo_core.train.names import OBJECTIVE_NAMES
 
@@ -32,6 +33,8 @@ def model_card(experiment: Experiment, recipe: Recipe, diagnostics: dict[str, An
 Fine-tuned from `{experiment.model.path}` with {name} on {items:,} {name.items};
 made by the package qrpo {__version__}.
 
+{_log_probs(experiment)}
+
 | made from | key |
 |---|---|
 | this artifact | `{recipe.key}` |
@@ -44,3 +47,19 @@ made by the package qrpo {__version__}.
 ```yaml
 {settings}```
 """
+
+
+def _log_probs(experiment: Experiment) -> str:
+    """At which temperature and in which arithmetic log-probs were computed."""
+    temperature, mixed = experiment.training_temperature, experiment.training.precision == "bf16"
+    policy = "The policy is the model as it is, temperature 1."
+    if temperature != 1:
+        policy = (
+            f"The policy is softmax(logits / {temperature:g}): sample it at temperature {temperature:g}. "
+            "The log-ratios of the training are at that temperature."
+        )
+    arithmetic = "under bfloat16 autocast, where the device has it," if mixed else "in float32 arithmetic"
+    return (
+        f"{policy} Log-probs of the training are computed {arithmetic} and those of KL(policy || reference) "
+        f"in {KL_ARITHMETIC} arithmetic."
+    )

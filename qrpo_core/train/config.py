@@ -128,19 +128,39 @@ class TrainingDataConfig(Section):
         description="offline: rank among samples of the policy, or among the prompt's own completions with "
         "each left out (right only if the policy drew them).",
     )
+    truncated: Literal["keep", "leave_out", "wrong"] = Field(
+        "keep",
+        description="Completions that the length limit cut. keep: they are trained on like others. "
+        "leave_out: they are not, and stay among the references. wrong: they count with the lowest reward, "
+        "also among the references.",
+    )
+    truncated_reward: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None,
+        description="truncated wrong: that reward, at most the lowest of a whole completion. null: 0, for "
+        "rewards that give a wrong answer 0 (number, exact, math, code, reasoning_gym); others need it.",
+    )
+    truncated_warning: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.2,
+        description="Share of cut completions above which the result says so in its first lines; 1: only if "
+        "all are.",
+        json_schema_extra=Speed,
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> TrainingDataConfig:
+        shared = {"mode", "min_scored", "truncated", "truncated_reward", "truncated_warning"}
         own = {
             "random": {"count"},
             "pairs": {"count"},
             "best_worst": {"pool"},
             "offline": {"preference", "rewards", "references", "max_contradicted"},
         }[self.mode]
-        for field in sorted(changed_fields(self) - own - {"mode", "min_scored"}):
+        for field in sorted(changed_fields(self) - own - shared):
             raise ValueError(f"training_data.{field} does not belong to mode {self.mode!r}; remove it")
         if self.mode == "best_worst" and self.pool is None:
             raise ValueError("training_data.pool is missing; mode 'best_worst' picks from it")
+        if self.truncated_reward is not None and self.truncated != "wrong":
+            raise ValueError("training_data.truncated_reward needs training_data.truncated 'wrong'")
         return self
 
 
@@ -169,6 +189,13 @@ class TrainingConfig(Section):
     max_grad_norm: NonNegativeFloat = Field(0.0, description="0 clips nothing, as published.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="bf16: float32 weights under bfloat16 autocast. Reference log-probs use it too."
+    )
+    temperature: PositiveFloat | None = Field(
+        None,
+        description="The policy that is trained is softmax(logits / temperature), and so is its reference. "
+        "null: sampling.temperature where training takes samples of the policy or ranks among them, and 1 on "
+        "a data set's own completions.",
+        json_schema_extra=Speed,  # what it comes to stands in the recipes of log-probs and training
     )
     lora_rank: PositiveInt | None = Field(None, description="Train adapters of this rank; null trains all.")
     lora_alpha: PositiveFloat = Field(32.0, description="lora_rank: adapters count alpha/rank times.")

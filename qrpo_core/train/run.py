@@ -11,7 +11,7 @@ import gc
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig, recip
 from qrpo_core.data.collator import Item, rows_of
 from qrpo_core.engines.numerics import native_bfloat16, pick_device
 from qrpo_core.errors import ConfigError, DataError, ModelError, ObjectiveError
-from qrpo_core.ids import digest_bytes, digest_json
-from qrpo_core.policy import load_model, load_tokenizer
+from qrpo_core.ids import digest_json, digest_pieces
+from qrpo_core.policy import load_model, load_tokenizer, policy_digest
 from qrpo_core.train.checkpoints import Checkpoints, from_first, newest
 from qrpo_core.train.launch import alone, launch
 from qrpo_core.train.lora import add_adapters, merge, save_adapters
@@ -51,6 +51,8 @@ def train_policy(
     items : what is trained on, all examples or all pairs.
     work : a directory of this training alone, which outlives a kill: when it holds a checkpoint, training
         goes on from there. Whoever calls deletes it once the result is committed. Its size: checkpoints.py.
+
+    training.temperature : of the policy's log-probs, and of the items' `ref_logprob`; None is 1.
 
     Returns what was logged, one entry a step, those before a kill included; on a CPU the losses are the same
     whether there was one or not (CUDA adds some gradients up in no fixed order). With training.lora_rank,
@@ -104,7 +106,7 @@ def train_here(
     first = arguments.process_index == 0
     with alone(work / "lock") if first else contextlib.nullcontext():
         facts = {
-            "training": _identity(items, model, objective, training),
+            "training": _identity(items, directory, model, objective, training),
             "layout": "deepspeed" if arguments.deepspeed else "fsdp" if arguments.fsdp else "whole",
             "processes": arguments.world_size,
         }
@@ -127,6 +129,7 @@ def train_here(
             pad_token_id=pad or 0,
             batch_size=training.batch_size,
             max_tokens=training.micro_batch_tokens,
+            temperature=training.temperature or 1.0,
             callbacks=[_Watch(on_step), Checkpoints(work, training.checkpoint_minutes, facts)],
         )
         trainer.remove_callback(PrinterCallback)  # progress is on_step's affair
@@ -215,23 +218,34 @@ def _shard_as_asked(arguments: TrainingArguments) -> None:
 
 
 def _identity(
-    items: Sequence[Item], model: ModelConfig, objective: ObjectiveConfig, training: TrainingConfig
+    items: Sequence[Item],
+    directory: Path,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    training: TrainingConfig,
 ) -> str:
-    """A digest of what is trained on and how, so that no checkpoint of another training is gone on from."""
-    rows = [row for item in items for row in rows_of(item)]
-    numbers = np.array(
-        [
-            (len(row.prompt_token_ids), len(row.token_ids), row.target, row.beta, row.ref_logprob, row.reward)
-            for row in rows
-        ]
-    )
+    """A digest of all that decides the losses, so that no checkpoint of another training is gone on from:
+    every token and number of every row, which rows are pairs, the starting policy, and the settings."""
+
+    def pieces() -> Iterator[bytes]:
+        for item in items:
+            for row in rows_of(item):
+                sizes = np.array(
+                    [len(rows_of(item)), len(row.prompt_token_ids), len(row.token_ids)], np.int64
+                )
+                yield sizes.tobytes()
+                yield np.array([row.target, row.beta, row.ref_logprob, row.reward], np.float64).tobytes()
+                yield np.asarray(row.prompt_token_ids, np.int64).tobytes()
+                yield np.asarray(row.token_ids, np.int64).tobytes()
+
     return digest_json(
         [
-            digest_bytes(numbers.tobytes()),
-            len(items),
+            digest_pieces(pieces()),
+            policy_digest(directory),
             model.dtype,
             recipe_fields(objective),
             recipe_fields(training),
+            training.temperature or 1.0,
         ]
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +22,12 @@ from qrpo_core.data.batches import StepPlan
 from qrpo_core.data.collator import Collator, Item, rows_of
 from qrpo_core.errors import ConfigError
 from qrpo_core.train.config import ObjectiveConfig
-from qrpo_core.train.forward import causal_model, check_head, policy_logprobs
+from qrpo_core.train.forward import CHECKED_TOKENS, causal_model, check_head, policy_logprobs
 from qrpo_core.train.loader import ChosenHalves, Steps, check_items, step_loader
 from qrpo_core.train.metrics import MetricSums, measures
 from qrpo_core.train.objectives import make_objective
 
 Batch = dict[str, torch.Tensor]
-
-#: Tokens on which the output head is compared with the model's own logits.
-_CHECKED_TOKENS = 8
 
 
 class QRPOTrainer(Trainer):  # type: ignore[misc]
@@ -48,6 +46,8 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
         gradient_accumulation_steps x processes.
     max_tokens : tokens of a pass of the model, padding included. Without it, or without batch_size, a pass
         holds at most per_device_train_batch_size items.
+    temperature : the policy is softmax(logits / temperature), in the loss and in every metric. It must be
+        the temperature at which reference log-probs were computed, and references drawn.
     kwargs : the Trainer's own: callbacks, optimizers, processing_class, ...
 
     The loss of an optimiser step is the mean over its items, however they are cut into passes and shared
@@ -72,9 +72,13 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
         pad_token_id: int = 0,
         batch_size: int | None = None,
         max_tokens: int | None = None,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
         _check_arguments(args, kwargs)
+        if not 0 < temperature < math.inf:
+            raise ConfigError(f"temperature {temperature} is refused", remedy="give a number above 0")
+        self.temperature = temperature
         self.objective = make_objective(objective)
         items = ChosenHalves(train_dataset) if objective.kind == "sft" else train_dataset
         config = causal_model(model).config.get_text_config()
@@ -147,7 +151,11 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
         return_outputs : also give {"losses": [items], "logprobs": [rows]}, detached.
         """
         policy = policy_logprobs(
-            model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
+            model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["completion_mask"],
+            self.temperature,
         ).double()
         losses, weight = self.objective.losses(policy, inputs), inputs["weight"]
         count = inputs.get("items_in_step", weight.sum())
@@ -203,7 +211,7 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
         if weight.is_meta or weight.numel() == 0:
             return  # to be filled from process 0, or in ZeRO-3's pieces
         row = rows_of(item)[0]
-        tokens = [*row.prompt_token_ids, *row.token_ids][:_CHECKED_TOKENS]
+        tokens = [*row.prompt_token_ids, *row.token_ids][:CHECKED_TOKENS]
         check_head(self.model, torch.tensor([tokens], device=weight.device))
 
 

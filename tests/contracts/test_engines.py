@@ -245,6 +245,28 @@ class TestLogprobs:
         sums = engine.logprobs(scores(requests, cold))
         np.testing.assert_allclose(sums, [c.logprob for c in cold], rtol=0, atol=case.tolerance)
 
+    def test_at_a_temperature_are_those_of_divided_logits_or_refused(
+        self, case: Case, engine: Engine, requests: list[SampleRequest]
+    ) -> None:
+        """Log-probs are logits up to a constant: at T they are log_softmax(log-probs at 1 / T)."""
+        prompt = requests[0].prompt_token_ids
+        asked = [ScoreRequest(prompt, (token,)) for token in range(case.vocab_size)]
+        if engine.name.startswith(("vllm", "endpoint")):
+            with pytest.raises(EngineError, match=r"gives log-probs at temperature 1, not 0\.7"):
+                engine.logprobs(asked[:2], temperature=0.7)
+            return
+        at_one = engine.logprobs(asked)
+        for temperature in (0.7, 1.2):
+            line = at_one / temperature
+            expected = line - np.log(np.exp(line).sum())
+            np.testing.assert_allclose(
+                engine.logprobs(asked, temperature=temperature), expected, rtol=0, atol=2 * case.tolerance
+            )
+            (token,) = engine.token_logprobs(asked[5:6], temperature=temperature)
+            np.testing.assert_allclose(token, expected[5:6], rtol=0, atol=2 * case.tolerance)
+        with pytest.raises(EngineError, match="temperature"):
+            engine.logprobs(asked[:2], temperature=0.0)
+
     def test_do_not_depend_on_batch_order_or_padding(
         self, case: Case, engine: Engine, requests: list[SampleRequest], drawn: list[Completion]
     ) -> None:

@@ -23,6 +23,7 @@ from qrpo_core.evaluation.metrics import (
     evaluate_policies,
     prompt_means,
 )
+from qrpo_core.evaluation.summary import kl_name
 
 FAST = EvaluationConfig(resamples=500)
 
@@ -194,11 +195,35 @@ def test_kl_note_says_when_it_is_none(side):
     assert plain.unbiased
     assert "unbiased estimate of KL(pi || pi_ref)" in plain.note
     assert plain.standard_error is None  # one prompt
-    for settings_ in ((0.7, 1.0), (1.0, 0.9)):
-        other = evaluate_policies(EvaluationInput(*tables, *settings_), FAST).kl
-        assert not other.unbiased
-        assert f"temperature {settings_[0]:g} and top_p {settings_[1]:g}" in other.note
-        assert "not an estimate of KL" in other.note
+    assert "both scored in float32 arithmetic" in plain.note
+    assert (plain.arithmetic, plain.temperature) == ("float32", 1.0)
+    tempered = evaluate_policies(EvaluationInput(*tables, 0.7, 1.0), FAST).kl
+    assert tempered.unbiased
+    assert tempered.temperature == 0.7
+    assert "both policies softmax(logits / 0.7), as they are sampled at temperature 0.7" in tempered.note
+    cut = evaluate_policies(EvaluationInput(*tables, 1.0, 0.9), FAST).kl
+    assert not cut.unbiased
+    assert "top_p 0.9" in cut.note
+    assert "not an estimate of KL" in cut.note
+
+
+def test_kl_of_tempered_policies_from_tempered_samples(side):
+    """Drawn at T and scored at T it is the KL of the tempered policies; scored at 1 it would be neither."""
+    temperature = 0.7
+    logits = np.array([[1.0, 0.4, -0.3, -1.5], [0.1, 0.2, -0.1, 0.0]])
+    policy, reference = np.exp(logits / temperature) / np.exp(logits / temperature).sum(1, keepdims=True)
+    exact = float((policy * np.log(policy / reference)).sum())
+    drawn = np.random.default_rng(0).choice(4, size=4000, p=policy)
+    rewards = {f"p{i:03d}": [0.0] * 20 for i in range(200)}
+    after = side(
+        rewards,
+        logprobs=True,
+        policy_logprob=np.log(policy)[drawn].tolist(),
+        ref_logprob=np.log(reference)[drawn].tolist(),
+    )
+    kl = evaluate_policies(EvaluationInput(side(rewards, logprobs=False), after, temperature, 1.0), FAST).kl
+    assert abs(kl.value - exact) < 4 * kl.standard_error
+    assert kl_name(kl) == "KL(policy || reference), float32 arithmetic, temperature 0.7"
 
 
 def test_one_prompt_has_no_interval(evaluated):

@@ -67,7 +67,7 @@ def test_rows_spell_each_number_once(result):
     rows, text = dict(summary_rows(result)), spelled(result)
     assert rows["Mean reward before (95 % interval)"] == f"{text['before']} {text['before_interval']}"
     assert rows["Difference, paired (95 % interval)"].startswith(text["difference"] + " [+")
-    assert rows["KL(policy || reference) ± standard error"] == "1.00 ± 0.00 nats"
+    assert rows["KL(policy || reference), float32 arithmetic ± standard error"] == "1.00 ± 0.00 nats"
     assert rows["Completions without a reward, before"] == "0 of 120"
     assert rows["Prompts left out"] == "0 of 40"
     assert rows["Held-out prompts compared"] == "40, 3 completions each a side"

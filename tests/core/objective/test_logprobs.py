@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qrpo_core.errors import ObjectiveError
 from qrpo_core.objective.logprobs import completion_logprobs, completion_token_logprobs
+from qrpo_core.objective.losses import qrpo_squared_loss
 
 HEADS = [
     {},
@@ -245,3 +248,87 @@ def test_what_does_not_fit_is_refused(changes, message):
     }
     with pytest.raises(ObjectiveError, match=message):
         completion_logprobs(**{**arguments, **changes})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    temperature=st.floats(0.05, 20.0),
+    head=st.sampled_from(HEADS),
+    chunk=st.integers(1, 30),
+    seed=st.integers(0, 1000),
+)
+def test_at_a_temperature_it_is_the_log_softmax_of_divided_logits(temperature, head, chunk, seed):
+    hidden, weight, bias, tokens, mask = problem(dtype=torch.float64, seed=seed)
+    options = {key: value for key, value in head.items() if key != "bias"}
+    bias = bias if head.get("bias") else None
+    logits = F.linear(hidden, weight, bias) * options.get("logit_scale", 1.0)
+    if (cap := options.get("logit_softcap")) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    chosen = torch.log_softmax(logits[:, :-1] / temperature, dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    ours = completion_token_logprobs(
+        hidden, weight, tokens, mask, bias, chunk, **options, temperature=temperature
+    )
+    torch.testing.assert_close(ours, F.pad(chosen * mask[:, 1:], (1, 0)))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.2])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_gradients_at_a_temperature_pass_gradcheck(head, temperature):
+    hidden, weight, bias, tokens, mask = problem(batch=2, length=4, dim=3, vocab=5, dtype=torch.float64)
+    options = {key: value for key, value in head.items() if key != "bias"} | {"temperature": temperature}
+    inputs = [
+        leaf.requires_grad_() for leaf in ([hidden, weight, bias] if head.get("bias") else [hidden, weight])
+    ]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b=None: completion_logprobs(h, w, tokens, mask, b, chunk_tokens=3, **options), inputs
+    )
+
+
+def test_values_and_gradients_at_temperature_one_half_by_hand():
+    # Logits log 1, log 2, log 5 over 1/2 are log 1, log 4, log 25: probabilities 1/30, 4/30, 25/30. The
+    # gradient to the logits is (onehot - p) / T, twice what it is at temperature 1 for the same p.
+    weight = torch.log(torch.tensor([[1.0], [2.0], [5.0]])).requires_grad_()
+    hidden = torch.tensor([[[1.0], [9.0]]], requires_grad=True)
+    ids, mask = torch.tensor([[0, 2]]), torch.tensor([[0, 1]])
+    out = completion_logprobs(hidden, weight, ids, mask, temperature=0.5)
+    torch.testing.assert_close(out, torch.log(torch.tensor([25 / 30])))
+    out.sum().backward()
+    torch.testing.assert_close(weight.grad, torch.tensor([[-2 / 30], [-8 / 30], [10 / 30]]))
+    slope = (10 * torch.log(torch.tensor(5.0)) - 8 * torch.log(torch.tensor(2.0))) / 30
+    torch.testing.assert_close(hidden.grad, torch.tensor([[[slope], [0.0]]]))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.2])
+def test_at_a_temperature_the_loss_is_least_at_the_tempered_optimum(temperature):
+    """pi*_T = pi_ref_T exp(R / beta) / Z, both policies at the temperature: the fixed point of QRPO."""
+    generator = torch.Generator().manual_seed(0)
+    beta, vocab = 0.5, 6
+    rewards = torch.rand(vocab, generator=generator, dtype=torch.float64)
+    reference = torch.randn(vocab, generator=generator, dtype=torch.float64)
+    log_reference = torch.log_softmax(reference / temperature, 0)
+    log_partition = torch.logsumexp(log_reference + rewards / beta, 0)
+    target = rewards - beta * log_partition
+    # One state of 1, so the head's weight is the logits; every token is a completion of one token.
+    logits = reference.clone().requires_grad_()
+    ids = torch.stack([torch.zeros(vocab, dtype=torch.long), torch.arange(vocab)], 1)
+    mask = torch.tensor([[0, 1]]).expand(vocab, 2)
+    ones = torch.ones(vocab, 2, 1, dtype=torch.float64)
+    optimiser = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-16)
+
+    def closure():
+        optimiser.zero_grad()
+        policy = completion_logprobs(ones, logits[:, None], ids, mask, temperature=temperature)
+        loss = qrpo_squared_loss(policy, log_reference, target, torch.full((vocab,), beta)).mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    optimum = torch.softmax(log_reference + rewards / beta, 0)
+    torch.testing.assert_close(torch.softmax(logits.detach() / temperature, 0), optimum, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_temperatures_are_refused(temperature):
+    hidden, weight, _, tokens, mask = problem()
+    with pytest.raises(ObjectiveError, match="temperature must be a number above 0"):
+        completion_logprobs(hidden, weight, tokens, mask, temperature=temperature)

@@ -114,12 +114,11 @@ def test_the_contradicted_share_is_of_pairs_that_the_reward_tells_apart(
 def finished(found: dict[str, Any], *, kind: str = "qrpo", truncated: int = 0, cut: float = 0.0) -> Finished:
     """What a run of one round made, as far as headlines look at it."""
     made = SimpleNamespace(
-        quantiles=SimpleNamespace(facts=found),
-        training_set=SimpleNamespace(facts={"rows": 9, "truncated": truncated}),
+        quantiles=SimpleNamespace(facts=found | {"cut": {"completions": {"cut": truncated, "of": 9}}}),
         train=SimpleNamespace(facts={"rows": 3, "diagnostics": {"objective": kind}}),
     )
     evaluation = SimpleNamespace(after=SimpleNamespace(truncation_rate=cut))
-    return Finished(SimpleNamespace(), (made,), evaluation)  # type: ignore[arg-type]
+    return Finished(asked(), SimpleNamespace(), (made,), evaluation)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_what_makes_a_result_doubtful_stands_first() -> None:
         "contradict the data set's labels on 9 of 20 pairs (69.2 % of those that they tell apart; 7 tie)",
         "1 of 10 training completions have no reward: timeout 1 (1 times: 6 s)",
         "On 2 of 3 training prompts all rewards are equal",
-        "All 9 training completions were cut by the length limit",
+        "All 9 completions are cut by the length limit, and kept in training; raise sampling.max_new_tokens",
         "Every held-out completion of the trained policy was cut",
         "DPO was trained on 3 pairs, preferred by their rewards.",
     ):

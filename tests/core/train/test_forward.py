@@ -46,12 +46,13 @@ def batch(vocabulary: int = 90) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
 
 
-def plain(model: Any, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+def plain(model: Any, rows: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
     """The other road: every row alone, unpadded, whole logits, log-softmax."""
     sums = []
     for ids, attention, completion in zip(*rows.values(), strict=True):
         tokens = ids[: int(attention.sum())]
-        logprobs = model(input_ids=tokens[None]).logits[0].float().log_softmax(-1)
+        logprobs = model(input_ids=tokens[None]).logits[0].float() / temperature
+        logprobs = logprobs.log_softmax(-1)
         at = completion.nonzero()[:, 0]
         sums.append(logprobs[at - 1, tokens[at]].sum())
     return torch.stack(sums)
@@ -63,9 +64,9 @@ def gradients(model: Any, sums: torch.Tensor) -> list[torch.Tensor]:
     return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
 
 
-def assert_same(model: Any) -> None:
+def assert_same(model: Any, temperature: float = 1.0) -> None:
     rows = batch()
-    ours, theirs = policy_logprobs(model, **rows), plain(model, rows)
+    ours, theirs = policy_logprobs(model, **rows, temperature=temperature), plain(model, rows, temperature)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     for one, other in zip(gradients(model, ours), gradients(model, theirs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max().clamp(min=10)))
@@ -75,26 +76,123 @@ def families() -> dict[str, Callable[[], Any]]:
     import transformers as t
 
     two = {"sliding_window": 32, "head_dim": 8}
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
     return {
         "llama, tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),
+        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZES, head_dim=8)),
         "gemma2, softcap": lambda: t.Gemma2ForCausalLM(
             t.Gemma2Config(**SIZES, **two, final_logit_softcapping=2.0)
         ),
-        "cohere, factor": lambda: t.CohereForCausalLM(t.CohereConfig(**SIZES, logit_scale=0.3)),
+        "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SIZES, **two)),
+        "cohere, factor": lambda: t.CohereForCausalLM(t.CohereConfig(**SIZES, **ends, logit_scale=0.3)),
         "granite, divisor": lambda: t.GraniteForCausalLM(t.GraniteConfig(**SIZES, logits_scaling=0.2)),
         "phi, bias": lambda: t.PhiForCausalLM(t.PhiConfig(**SIZES)),
     }
 
 
+def made(family: str) -> Any:
+    torch.manual_seed(1)
+    return families()[family]().float().eval()
+
+
 @pytest.mark.parametrize("family", list(families()))
 def test_log_probs_and_gradients_equal_the_plain_way(family: str) -> None:
-    torch.manual_seed(1)
-    model = families()[family]().float().eval()
+    model = made(family)
     before = model.config.to_dict()
     assert_same(model)
     check_head(model, batch()["input_ids"][:1])
     assert model.config.to_dict() == before
     assert "forward" not in model.get_output_embeddings().__dict__
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.2])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2, softcap", "granite, divisor"])
+def test_at_a_temperature_too(family: str, temperature: float) -> None:
+    assert_same(made(family), temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", list(families()))
+def test_honest_heads_pass_in_every_precision(family: str, dtype: torch.dtype) -> None:
+    check_head(made(family).to(dtype), batch()["input_ids"][:1])
+
+
+def bias_of_one_token(logits: torch.Tensor) -> torch.Tensor:
+    return logits + 0.01 * torch.nn.functional.one_hot(torch.tensor(3), logits.shape[-1])
+
+
+UNKNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "scale 0.95": lambda logits: 0.95 * logits,
+    "scale 0.999": lambda logits: 0.999 * logits,
+    "scale 1.05": lambda logits: 1.05 * logits,
+    "soft cap 30": lambda logits: 30 * torch.tanh(logits / 30),
+    "soft cap 100": lambda logits: 100 * torch.tanh(logits / 100),
+    "bias of one token": bias_of_one_token,
+    "clamp": lambda logits: logits.clamp(min=-5),
+    "temperature": lambda logits: logits / 1.01,
+    "rounded": lambda logits: logits.bfloat16(),
+    "fewer tokens": lambda logits: logits[..., :96],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama, tied", "gemma2, softcap", "granite, divisor"])
+@pytest.mark.parametrize("unknown", list(UNKNOWN))
+def test_whatever_else_a_model_does_to_its_logits_is_refused(
+    unknown: str, family: str, dtype: torch.dtype
+) -> None:
+    model = made(family).to(dtype)
+
+    def change(module: Any, arguments: Any, output: Any) -> Any:
+        output["logits"] = UNKNOWN[unknown](output["logits"])
+        return output
+
+    model.register_forward_hook(change)
+    with pytest.raises(ModelError, match=type(model).__name__):
+        check_head(model, batch()["input_ids"][:1])
+
+
+def test_heads_that_change_their_input_or_output_by_themselves(tiny_model: Path) -> None:
+    """Inside the head: what stands before it is in both roads, what stands after it is not."""
+    ids = batch()["input_ids"][:1]
+    before = load(tiny_model).eval()
+    before.lm_head.register_forward_pre_hook(lambda module, states: (0.9 * states[0],))
+    check_head(before, ids)
+    assert_same(before)
+    after = load(tiny_model)
+    after.lm_head.register_forward_hook(lambda module, states, logits: 0.999 * logits)
+    with pytest.raises(ModelError, match="scales its logits in a way"):
+        check_head(after, ids)
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return 0.95 * super().forward(states)
+
+    other = load(tiny_model)
+    other.lm_head.__class__ = Scaled
+    with pytest.raises(ModelError, match=r"output head of type .*Scaled"):
+        check_head(other, ids)
+
+
+def test_a_scale_that_cannot_be_made_neutral_is_refused(tiny_model: Path) -> None:
+    """Known by its name, but read elsewhere: log-probs would be scaled on their way out."""
+    model = load(tiny_model)
+    model.config.logits_scaling = 2.0
+    model.register_forward_hook(
+        lambda module, arguments, output: (output.__setitem__("logits", output["logits"] / 2.0), output)[1]
+    )
+    with pytest.raises(ModelError, match="changes log-probs that its output head gives"):
+        check_head(model, batch()["input_ids"][:1])
+
+
+def test_the_check_draws_no_random_numbers(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    check_head(model, batch()["input_ids"][:1])
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_padding_changes_nothing(tiny_model: Path) -> None:

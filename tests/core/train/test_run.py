@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qrpo_core.errors import ConfigError, DataError, ModelError, ObjectiveError,
 from qrpo_core.policy import load_model, load_tokenizer
 from qrpo_core.train.__main__ import main
 from qrpo_core.train.launch import FAILURE, HISTORY, _failure, read_job, write_job
-from qrpo_core.train.run import train_policy
+from qrpo_core.train.run import _identity, train_policy
 
 
 def example(row: int) -> Example:
@@ -61,6 +62,68 @@ def test_every_step_is_returned_and_reported(tiny_model: Path, tmp_path: Path) -
     assert seen == [(step, 6, entry["loss"]) for step, entry in enumerate(history, start=1)]
     rates = [entry["learning_rate"] for entry in history]
     assert rates == pytest.approx(1e-3 * np.array([0, *(0.5 + 0.5 * np.cos(np.pi * np.arange(5) / 5))]))
+
+
+def identity(items: list[Any], directory: Path, dtype: str = "float32", **training: Any) -> str:
+    return _identity(
+        items,
+        directory,
+        ModelConfig(path="tiny", dtype=dtype),  # type: ignore[arg-type]
+        ObjectiveConfig(beta=0.5),
+        TrainingConfig.model_validate(training),
+    )
+
+
+def test_the_identity_of_a_training_has_everything_that_decides_its_losses(
+    tiny_model: Path, make_tiny_model: Any, tmp_path: Path
+) -> None:
+    first, second, *rest = EXAMPLES
+    shorter, longer = first.token_ids[:-1], [*first.prompt_token_ids, first.token_ids[0]]
+    last = [*first.token_ids[:-1], (first.token_ids[-1] + 1) % 256]
+    changed = {
+        "as it is": EXAMPLES,
+        "another token": [replace(first, token_ids=last), second, *rest],
+        "another prompt token": [replace(first, prompt_token_ids=last), second, *rest],
+        "a token less": [replace(first, token_ids=shorter), second, *rest],
+        "the border moved": [
+            replace(first, prompt_token_ids=longer, token_ids=first.token_ids[1:]),
+            second,
+            *rest,
+        ],
+        "two rows changed places": [second, first, *rest],
+        "pairs of the same rows": [Pair(*pair) for pair in zip(EXAMPLES[::2], EXAMPLES[1::2], strict=True)],
+    } | {
+        name: [replace(first, **{name: getattr(first, name) + 0.5}), second, *rest]
+        for name in ("target", "beta", "ref_logprob", "reward")
+    }
+    names = {identity(items, tiny_model): name for name, items in changed.items()}
+    assert set(names.values()) == set(changed)
+    assert identity([replace(first, token_ids=np.array(first.token_ids)), second, *rest], tiny_model) in names
+    names[identity(EXAMPLES, tiny_model, temperature=0.7)] = "temperature"
+    names[identity(EXAMPLES, tiny_model, seed=1)] = "seed"
+    names[identity(EXAMPLES, tiny_model, "bfloat16")] = "dtype"
+    other = make_tiny_model(tmp_path / "other")
+    (other / "merges.txt").write_text("another tokenizer")
+    names[identity(EXAMPLES, other)] = "policy"
+    assert len(names) == len(changed) + 4
+    assert identity(EXAMPLES, tiny_model, temperature=1.0) == identity(EXAMPLES, tiny_model)
+    assert identity(EXAMPLES, tiny_model, micro_batch_tokens=64) == identity(EXAMPLES, tiny_model)
+
+
+def test_a_checkpoint_of_a_training_on_other_tokens_is_not_gone_on_from(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    def stop(step: int, steps: int, logged: dict[str, float]) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"epochs": 2, "checkpoint_minutes": 0}
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model, tmp_path, on_step=stop, **settings)
+    first, *rest = EXAMPLES
+    other = [replace(first, token_ids=[(token + 1) % 256 for token in first.token_ids]), *rest]
+    with pytest.raises(StoreError):
+        train(tiny_model, tmp_path, other, **settings)
 
 
 def test_the_policy_is_the_trained_weights_in_its_own_dtype(tiny_model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArgument
 
 from qrpo_core.config import ObjectiveConfig
 from qrpo_core.data.collator import Collator, Example, Item, Pair
+from qrpo_core.engines.base import ScoreRequest
+from qrpo_core.engines.hf import TransformersEngine
 from qrpo_core.errors import ConfigError, DataError
 from qrpo_core.train.trainer import QRPOTrainer
 
@@ -64,13 +66,20 @@ def make(
     objective: ObjectiveConfig = ObjectiveConfig(beta=BETA),  # noqa: B008
     batch_size: int | None = 4,
     max_tokens: int | None = None,
+    temperature: float = 1.0,
     **settings: Any,
 ) -> QRPOTrainer:
     known = {"use_cpu": True, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "logging_steps": 1}
     known |= {"save_strategy": "no", "disable_tqdm": True, "optim": "sgd", "num_train_epochs": 2}
     arguments = TrainingArguments(str(out), **(known | settings))
     made = QRPOTrainer(
-        model, arguments, items, objective=objective, batch_size=batch_size, max_tokens=max_tokens
+        model,
+        arguments,
+        items,
+        objective=objective,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
     )
     made.remove_callback(PrinterCallback)
     return made
@@ -115,6 +124,31 @@ def test_the_first_loss_is_the_mean_squared_target(
     assert first["target"] == pytest.approx(np.mean([e.target for e in examples]))
     assert first["log_ratio_target"] == pytest.approx(np.mean([e.target / BETA for e in examples]))
     assert first["completion_tokens"] == pytest.approx(np.mean([len(e.token_ids) for e in examples]))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.2])
+def test_at_a_temperature_the_policy_is_the_tempered_one(
+    tiny_model: Path, examples: list[Example], tmp_path: Path, temperature: float
+) -> None:
+    """Reference log-probs at the temperature make the first log-ratio 0; those at 1 do not."""
+    asked = [ScoreRequest(tuple(e.prompt_token_ids), tuple(e.token_ids)) for e in examples]
+    scored = TransformersEngine(tiny_model, "float32").logprobs(asked, temperature=temperature)
+    items = [replace(e, ref_logprob=float(value)) for e, value in zip(examples, scored, strict=True)]
+    trainer = train(items, tiny_model, tmp_path / "all", batch_size=11, temperature=temperature)
+    first = history(trainer)[0]
+    assert first["log_ratio"] == pytest.approx(0.0, abs=1e-4)
+    assert first["loss"] == pytest.approx(np.mean([e.target**2 for e in examples]), rel=1e-4)
+    other = history(train(examples, tiny_model, tmp_path / "at 1", batch_size=11, temperature=temperature))[0]
+    expected = np.mean([value - e.ref_logprob for e, value in zip(examples, scored, strict=True)])
+    assert other["log_ratio"] == pytest.approx(expected, abs=1e-3)
+    assert abs(expected) > 1
+
+
+def test_an_impossible_temperature_is_refused(
+    tiny_model: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="temperature 0"):
+        make(examples, load(tiny_model), tmp_path, temperature=0)
 
 
 class TestCuttingAStepChangesNothing:
