@@ -98,8 +98,14 @@ class CodeRewardConfig(Section):
     )
     packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], ...] = Field(
         (),
-        description="Installed packages that programs may import beside the standard library, "
-        "such as sortedcontainers.",
+        description="Installed packages that programs and tests may import beside the standard library, by "
+        "the names of their imports, such as sortedcontainers or numpy; their versions name the scores.",
+    )
+    python: str | None = Field(
+        None,
+        description="Virtual environment, or interpreter, that runs programs and has the packages; null: "
+        "this one. Its version names the scores, not its place.",
+        json_schema_extra=Speed,
     )
     processes: PositiveInt | None = Field(
         None,
