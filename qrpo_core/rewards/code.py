@@ -143,7 +143,7 @@ class CodeReward(RowReward):
             raise ConfigError(
                 f"package {name!r} cannot be imported in the sandbox ({clip(why, 200)})",
                 where="reward.code.packages",
-                remedy="list what it imports itself too, or raise reward.code.memory_mb",
+                remedy="install what it needs beside it, or raise reward.code.memory_mb",
             )
 
     def _new_bench(self) -> Bench:
@@ -189,12 +189,9 @@ class CodeReward(RowReward):
         return Score(None, "sandbox_error", clip(failure))
 
     def _score_of(self, outcome: Outcome, source: str) -> Score:
-        absent = _ABSENT.search(outcome.note)
-        if absent and absent[1] in OF_PUBLIC_JUDGES.difference(self._config.packages):
-            # Said by the program's process: believed only of what its own text imports.
-            if re.search(rf"^\s*(?:import|from)\s+{absent[1]}\b", source, re.MULTILINE):
-                told = f"the program imports {absent[1]}; to grade it, add it to reward.code.packages"
-                return Score(None, "refused", told)
+        if absent := self._absent_package(outcome, source):
+            told = f"the program imports {absent}; to grade it, add it to reward.code.packages"
+            return Score(None, "refused", told)
         detail = f"passed {outcome.passed} of {outcome.total}"
         if self._mode == "unsafe":
             detail += " (without a sandbox)"
@@ -203,6 +200,15 @@ class CodeReward(RowReward):
         if not outcome.in_time:
             return Score(None, "timeout", clip(f"ended before all tests were run; {detail}"))
         return Score(outcome.passed / outcome.total, "ok", clip(detail))
+
+    def _absent_package(self, outcome: Outcome, source: str) -> str | None:
+        """A package of public judges that the program failed for, because it is not there."""
+        found = _ABSENT.search(outcome.note)
+        if found is None or found[1] not in OF_PUBLIC_JUDGES.difference(self._config.packages):
+            return None
+        # The program's process says it: believed only of what the program's text imports.
+        imports = re.search(rf"^\s*(?:import|from)\s+{found[1]}\b", source, re.MULTILINE)
+        return found[1] if imports else None
 
 
 class _Benches:

@@ -24,6 +24,7 @@ _PYTHON = re.compile(r"\W*(?:i?python[\d.]*|py3?)(?=$|[\s:,;{}()|=\"'\[])|\S*\w\
 _MARKDOWN = ("markdown", "md")
 #: Strings on one line and comments, to be passed over; or the quotes that open a string of several lines.
 _PASSED_OVER = re.compile(r"#.*|(\"\"\"|''')|\"(?:\\.|[^\"\\\n])*+\"?|'(?:\\.|[^'\\\n])*+'?")
+_NAMED = re.compile(r"(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|([A-Za-z_]\w*)[ \t]*(?::[^=\n]*)?=(?!=)")
 _WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 _IMPORT = r"import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b"
@@ -185,9 +186,13 @@ def _inside(
             if not quote:
                 return inside, place, True, strings
             first = len(inside) if first is None else first
-        elif python and opening.fence[0] == "`" and (glued := _GLUED_CLOSING.fullmatch(line)):
-            if not _quote_after(glued["code"], quote):
-                return [*inside, glued["code"]], place, True, strings
+        elif (
+            python
+            and opening.fence[0] == "`"
+            and (glued := _GLUED_CLOSING.fullmatch(line))
+            and not _quote_after(glued["code"], quote)
+        ):
+            return [*inside, glued["code"]], place, True, strings
         inside.append(line)
         quote = _quote_after(line, quote) if python and strings else ""
     if quote and first is not None:
@@ -226,13 +231,8 @@ def _code(source: str) -> Iterator[str]:
 
 def _defined(source: str) -> set[str]:
     """Names that are defined at the left margin, other than by an import."""
-    names = set()
-    for line in _code(source):
-        if (found := re.match(r"(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)", line)) or (
-            found := re.match(r"([A-Za-z_]\w*)[ \t]*(?::[^=\n]*)?=(?!=)", line)
-        ):
-            names.add(found[1])
-    return names
+    found = (_NAMED.match(line) for line in _code(source))
+    return {match[1] or match[2] for match in found if match}
 
 
 def _imported(source: str) -> set[str]:

@@ -23,27 +23,30 @@ OF_PUBLIC_JUDGES = frozenset(
     }
 )
 
+# A distribution comes whole (numpy with numpy.libs), and so do those that it requires.
 _PROBE = """
-import importlib.metadata, importlib.util, json, pathlib, sys, sysconfig
-owners = importlib.metadata.packages_distributions() if sys.argv[1:] else {}
+import importlib.metadata as metadata, json, pathlib, re, sys, sysconfig
 name = "python" + sysconfig.get_python_version()
 places = [sys.base_prefix + "/bin/" + name, getattr(sys, "_base_executable", sys.executable)]
-found = {}
-for package in sys.argv[1:]:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not owners.get(package):
-        continue
-    owner = importlib.metadata.distribution(owners[package][0])
-    paths = list(spec.submodule_search_locations or [spec.origin])[:1]
-    beside = pathlib.Path(paths[0]).parent
-    # Where wheels keep their shared objects, and what the package may ask about itself.
-    named = {owner.metadata["Name"].replace("-", "_"), package}
-    paths += [str(beside / (part + ".libs")) for part in sorted(named)]
-    paths += [str(owner.locate_file(f).parent) for f in owner.files or () if f.match("*.dist-info/METADATA")]
-    found[package] = [owner.version, [path for path in paths if pathlib.Path(path).exists()]]
+owners = metadata.packages_distributions() if sys.argv[1:] else {}
+missing = [package for package in sys.argv[1:] if package not in owners]
+waiting = [owners[package][0] for package in sys.argv[1:] if package in owners]
+versions, paths = {}, set()
+while waiting:
+    try:
+        owner = metadata.distribution(waiting.pop())
+    except metadata.PackageNotFoundError:
+        continue  # for another system, or not needed: whether the package loads is tried
+    known = owner.metadata["Name"]
+    if known not in versions:
+        versions[known] = owner.version
+        waiting += [re.match(r"[\\w.-]+", r)[0] for r in owner.requires or () if "extra ==" not in r]
+        tops = {file.parts[0] for file in owner.files or ()} - {"..", "__pycache__"}
+        paths |= {str(owner.locate_file(top)) for top in tops if not top.endswith(".pth")}
 print(json.dumps({
     "version": list(sys.version_info[:2]), "prefix": sys.base_prefix, "tag": sys.implementation.cache_tag,
-    "executable": next(str(p.resolve()) for p in map(pathlib.Path, places) if p.exists()), "packages": found,
+    "executable": next(str(p.resolve()) for p in map(pathlib.Path, places) if p.exists()),
+    "missing": missing, "versions": versions, "paths": sorted(p for p in paths if pathlib.Path(p).exists()),
 }))
 """
 
@@ -56,7 +59,7 @@ class Environment:
     prefix : the base installation.
     tag : of its compiled files.
     packages : folders and files that are put beside each other on its path, read-only.
-    versions : (name, version) of the packages, and of Python where it is not the one that runs here.
+    versions : (name, version) of their distributions, and of Python where it is not the one that runs here.
     """
 
     executable: Path
@@ -115,23 +118,19 @@ def _found(python: str | None, packages: tuple[str, ...]) -> Environment:
             where=where,
             remedy=f"programs are run by Python {OLDEST[0]}.{OLDEST[1]} or newer",
         )
-    missing = [name for name in packages if name not in told["packages"]]
-    if missing:
+    if missing := told["missing"]:
         raise ConfigError(
             f"package {', '.join(map(repr, missing))} is not installed for {command}",
             where="reward.code.packages",
             remedy=f"{command} -m pip install {' '.join(missing)}, or take it off the list",
         )
-    found = told["packages"]
+    versions = told["versions"] | ({"python": version} if python is not None else {})
     return Environment(
         executable=Path(told["executable"]),
         prefix=Path(told["prefix"]).resolve(),
         tag=told["tag"],
-        packages=tuple(dict.fromkeys(Path(path) for name in packages for path in found[name][1])),
-        versions=(
-            *((("python", version),) if python is not None else ()),
-            *((name, found[name][0]) for name in sorted(set(packages))),
-        ),
+        packages=tuple(map(Path, told["paths"])),
+        versions=tuple(sorted(versions.items())),
     )
 
 
