@@ -41,6 +41,8 @@ _STATEMENT = re.compile(
 _TAGS = re.compile(r"^[ \t]*<[a-z]+>|</[a-z]+>[ \t]*$", re.MULTILINE | re.IGNORECASE)
 #: Blocks in blocks, in Markdown that is quoted as Markdown.
 _DEEPEST = 3
+#: How often in a text a string without an end is looked for: each time its lines are gone through again.
+_TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +98,13 @@ def fenced(text: str, depth: int = _DEEPEST) -> list[Block]:
     """
     lines = text.split("\n")
     found: list[Block] = []
-    place, strings = 0, True
+    place, tries = 0, _TRIES
     while place < len(lines):
         opening = _opened(lines[place])
         place += 1
         if opening is None:
             continue
-        inside, place, closed, strings = _inside(lines, place, opening, strings)
+        inside, place, closed, tries = _inside(lines, place, opening, tries)
         source = "\n".join(inside) + "\n" if inside else ""
         nested = fenced(source, depth - 1) if depth and opening.may_nest else []
         if any(block.language == "python" for block in nested):
@@ -163,18 +165,15 @@ def _opened(line: str) -> _Opening | None:
     return _Opening(found["fence"], language, may_nest, quotes, indent)
 
 
-def _inside(
-    lines: list[str], place: int, opening: _Opening, strings: bool
-) -> tuple[list[str], int, bool, bool]:
-    """The lines of a block, where the text goes on, whether it is closed, and `strings` for the next.
+def _inside(lines: list[str], place: int, opening: _Opening, tries: int) -> tuple[list[str], int, bool, int]:
+    """The lines of a block, where the text goes on, whether it is closed, and the tries that are left.
 
-    strings : whether a fence inside a string of several lines closes nothing. A string without an end was
-        none: then the first such fence closes, and the next blocks are read without this rule, so that no
-        text is gone through again and again.
+    A fence inside a string of several lines closes nothing. A string that does not end, or goes on over the
+    opening of another block, was none: then the first such fence closes, and one try is used up.
     """
     inside: list[str] = []
     first: int | None = None  # a fence that closes it, unless it is inside a string
-    quote = ""
+    quote, open_within = "", False
     start = place
     python = opening.language != "other"
     while place < len(lines):
@@ -184,20 +183,23 @@ def _inside(
         place += 1
         if opening.closes(line):
             if not quote:
-                return inside, place, True, strings
+                return inside, place, True, tries
             first = len(inside) if first is None else first
+            open_within = not open_within
+        elif quote and open_within and line.lstrip().startswith(opening.fence):
+            break
         elif (
             python
             and opening.fence[0] == "`"
             and (glued := _GLUED_CLOSING.fullmatch(line))
             and not _quote_after(glued["code"], quote)
         ):
-            return [*inside, glued["code"]], place, True, strings
+            return [*inside, glued["code"]], place, True, tries
         inside.append(line)
-        quote = _quote_after(line, quote) if python and strings else ""
+        quote = _quote_after(line, quote) if python and tries else ""
     if quote and first is not None:
-        return inside[:first], start + first + 1, True, False
-    return inside, place, False, strings
+        return inside[:first], start + first + 1, True, tries - 1
+    return inside, place, False, tries
 
 
 def _quote_after(line: str, quote: str) -> str:
@@ -322,4 +324,4 @@ def _unfenced(text: str, wanted: Sequence[str]) -> str | None:
 
 def _unfenced_body(text: str) -> str | None:
     first = next((line for line in text.split("\n") if line.strip()), "")
-    return text if first[:1] in " \t" or _is_body(first) else None
+    return text if first[:1] in (" ", "\t") or _is_body(first) else None
