@@ -5,23 +5,119 @@ from __future__ import annotations
 import email.utils
 import os
 import random
+import re
 import threading
 import time
 import urllib.parse
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-#: What may pass: too early, too many requests, and failures of the server. 408: it waited too long for us.
-PASSING = frozenset({408, 425, 429})
+#: What may pass: too early, too many requests, a conflict, and failures of the server (500 and above).
+#: 408: it waited too long for us.
+_PASSING = frozenset({408, 409, 425, 429})
+#: Names of errors that no waiting mends, whatever their status: the money is spent.
+_SPENT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
+#: What services name their errors where they give no status, in a body of status 200 above all.
+_NAMED = {
+    400: ("invalid_request_error", "badrequesterror", "context_length_exceeded", "content_filter"),
+    401: ("authentication_error", "invalid_api_key", "unauthorized"),
+    402: tuple(_SPENT),
+    403: ("permission_error", "permission_denied", "forbidden"),
+    404: ("not_found_error", "notfounderror", "model_not_found"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+}
+_STATUS_OF = {name: status for status, names in _NAMED.items() for name in names}
+#: How often an answer is asked for that comes with status 200 and is none: a page, nothing, no choice.
+ODD_TRIES = 3
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 _EXCERPT = 300
 
 
-class Refused(Exception):
-    """The service answered with a status that will not pass.
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An error as a service tells it, by its status or inside an answer of status 200.
 
-    status : the HTTP status; 2xx where the body is not a JSON object, 0 where the URL is none.
+    status : the HTTP status, or the one that the body names; 500 for an error without one; 200 for an
+        answer that is none.
+    code : the service's own name of the error, or "".
+    text : its words.
+    """
+
+    status: int
+    code: str
+    text: str
+
+    @property
+    def odd(self) -> bool:
+        """Whether it is no error but an answer that is none."""
+        return self.status == 200
+
+    @property
+    def passes(self) -> bool:
+        """Whether another try may be answered."""
+        return (self.odd or self.status in _PASSING or self.status >= 500) and not self.spent
+
+    @property
+    def spent(self) -> bool:
+        """Whether the account has no means left: no try will be answered, and no row is at fault."""
+        return self.status == 402 or self.code in _SPENT
+
+
+def told_error(response: httpx.Response) -> tuple[dict[str, Any], Told | None]:
+    """The JSON object of a response (empty where it is none), and the error that it is or holds.
+
+    Gateways answer with status 200 and {"error": ...}, with an error inside the only choice, with no
+    choice, or with a page.
+    """
+    try:
+        value = response.json()
+    except (ValueError, RecursionError):
+        value = None
+    body = value if isinstance(value, dict) else {}
+    error = body.get("error")
+    if not response.is_success:
+        return body, Told(response.status_code, _code(error if error else body), response.text)
+    match body.get("choices"):
+        case [{"error": inside}, *_] if inside:
+            error = error or inside
+        case [{"finish_reason": "error"}, *_]:
+            error = error or "the choice ended with an error"
+    if not error and (body.get("object") == "error" or body.get("type") == "error"):
+        error = body
+    if error:
+        return body, Told(_status(error), _code(error), f"inside an answer: {response.text}")
+    if not isinstance(value, dict):
+        return body, Told(200, "", f"no JSON object: {response.text}")
+    if body.get("choices", True) in ([], None):
+        return body, Told(200, "", f"no choices: {response.text}")
+    return body, None
+
+
+def _code(error: Any) -> str:
+    names = [error.get(key) for key in ("code", "type")] if isinstance(error, dict) else []
+    return str(next((name for name in names if name), ""))
+
+
+def _status(error: Any) -> int:
+    """The status that an error in a body stands for; 500 where it names none, so that it is tried again."""
+    if not isinstance(error, dict):
+        return 500
+    for key in ("code", "status", "status_code", "type"):
+        name = error.get(key)
+        if isinstance(name, int | str) and str(name).isascii() and str(name).isdigit():
+            if 400 <= int(name) < 600:
+                return int(name)
+        elif str(name).lower() in _STATUS_OF:
+            return _STATUS_OF[str(name).lower()]
+    return 500
+
+
+class Refused(Exception):
+    """The service answered with an error that will not pass.
+
+    status : the HTTP status, or the one that stands in the body; 0 where the URL is none.
     code : the service's own name of the error, or "".
     """
 
@@ -31,7 +127,10 @@ class Refused(Exception):
 
 
 class Unavailable(Exception):
-    """No answer within the time that a request goes on trying; the message is the last reason."""
+    """No answer within the time that a request goes on trying; the message is the last reason.
+
+    Also where no try can help for now (the account has no means left).
+    """
 
 
 class Stopped(Exception):
@@ -47,8 +146,9 @@ class Client:
     key_variable : environment variable with a bearer key, read now; no header where it is not set.
     timeout : longest time of one request, seconds.
     retry_seconds : longest time that a request goes on trying against connection errors, time-outs, 408,
-        425, 429 and 5xx. It waits 0.5 s, doubled each time up to 30 s, with half of jitter, and at least
-        what the server's Retry-After says.
+        409, 425, 429 and 5xx, as a status or inside an answer of status 200. It waits 0.5 s, doubled each
+        time up to 30 s, with half of jitter, and at least what the server's Retry-After says. An answer of
+        status 200 that is none is asked for `ODD_TRIES` times.
     per_minute : requests that may start in a minute, tries included, evenly spread; None: any number.
     connections : requests at a time.
     """
@@ -76,7 +176,7 @@ class Client:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The service's JSON object. Raises Refused, Unavailable or Stopped."""
-        started, wait = time.monotonic(), FIRST_WAIT
+        started, wait, odd = time.monotonic(), FIRST_WAIT, 0
         while True:
             self._take_turn()
             asked = 0.0
@@ -87,9 +187,15 @@ class Client:
             except httpx.RequestError as error:
                 reason = self._safe(f"{type(error).__name__}: {error}")
             else:
-                if response.status_code not in PASSING and response.status_code < 500:
-                    return self._read(response)
-                reason = f"status {response.status_code}: {self._safe(response.text)}"
+                value, told = told_error(response)
+                if told is None:
+                    return value
+                reason = f"status {response.status_code}: {self._safe(told.text)}"
+                odd += told.odd
+                if told.spent or odd == ODD_TRIES:
+                    raise Unavailable(reason)
+                if not told.passes:
+                    raise Refused(told.status, told.code, self._safe(told.text))
                 asked = retry_after(response.headers.get("retry-after"))
             pause = max(asked, wait * random.uniform(0.5, 1.0))
             if time.monotonic() - started + pause > self._retry_seconds:
@@ -105,17 +211,6 @@ class Client:
         """Close the connections."""
         self.stop()
         self._client.close()
-
-    def _read(self, response: httpx.Response) -> dict[str, Any]:
-        try:
-            value = response.json()
-        except ValueError:
-            value = None
-        if response.is_success and isinstance(value, dict):
-            return value
-        error = value.get("error", value) if isinstance(value, dict) else None
-        code = error.get("code") or error.get("type") if isinstance(error, dict) else None
-        raise Refused(response.status_code, str(code or ""), self._safe(response.text))
 
     def _take_turn(self) -> None:
         if self._stop.is_set():
@@ -152,7 +247,7 @@ def retry_after(value: str | None) -> float:
     """Seconds that a Retry-After header asks for (a number or a date); 0 without one that can be read."""
     if value is None:
         return 0.0
-    if value.strip().isdigit():
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", value.strip()):
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())

@@ -74,7 +74,7 @@ REWARDS = pa.schema(
         _field("sample_index", pa.int32(), "the completion that is scored"),
         _field("reference_digest", pa.string(), "what it was checked against; empty without a reference"),
         _field("reward", pa.float64(), "null unless status is ok", nullable=True),
-        _field("status", pa.string(), "ok, timeout, sandbox_error, parse_error, too_long, endpoint_error"),
+        _field("status", pa.string(), "ok, or why there is no reward: one of STATUSES"),
         _field("detail", pa.string(), "why a row is not ok; empty otherwise"),
     ]
 )
@@ -128,7 +128,7 @@ TRAINING_SET = pa.schema(
     ]
 )
 
-STATUSES = ("ok", "timeout", "sandbox_error", "parse_error", "too_long", "endpoint_error")
+STATUSES = ("ok", "timeout", "sandbox_error", "parse_error", "too_long", "endpoint_error", "refused")
 
 
 def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

@@ -15,7 +15,7 @@ import httpx
 
 from qrpo_core.engines.config import EndpointConfig
 from qrpo_core.errors import ConfigError, EngineError
-from qrpo_core.http import FIRST_WAIT, LONGEST_WAIT, PASSING, retry_after
+from qrpo_core.http import FIRST_WAIT, LONGEST_WAIT, ODD_TRIES, Told, retry_after, told_error
 
 T = TypeVar("T")
 
@@ -67,13 +67,14 @@ class Client:
     async def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The answer to one request, a JSON object.
 
-        Connection errors, time-outs, 429 and 5xx are tried again with pauses that double, half of each at
-        random, or as long as Retry-After says, for `retry_seconds` from the first of them; then, and at any
+        Connection errors, time-outs, 429 and 5xx, also where they stand inside an answer of status 200, are
+        tried again with pauses that double, half of each at random, or as long as Retry-After says, for
+        `retry_seconds` from the first of them; an answer that is none, `ODD_TRIES` times. Then, and at any
         other answer, EngineError.
         """
         url = f"{self.url}{path}"
         started: float | None = None
-        pause, tries = FIRST_WAIT, 0
+        pause, tries, odd = FIRST_WAIT, 0, 0
         while True:
             tries += 1
             wanted = 0.0
@@ -82,11 +83,13 @@ class Client:
             except httpx.TransportError as error:
                 trouble = f"{type(error).__name__} {error}".strip()
             else:
-                if response.status_code == 200:
-                    return _json(response, url)
-                if response.status_code not in PASSING and response.status_code < 500:
-                    raise self._refusal(response, url)
-                trouble = self._told(response)
+                answer, told = told_error(response)
+                if told is None:
+                    return answer
+                odd += told.odd
+                if not told.passes or odd == ODD_TRIES:
+                    raise self._refusal(response, told, url)
+                trouble = self._told(response, told)
                 wanted = retry_after(response.headers.get("retry-after"))
             now = time.monotonic()
             started = now if started is None else started
@@ -102,25 +105,28 @@ class Client:
             await asyncio.sleep(wait)
             pause = min(2 * pause, LONGEST_WAIT)
 
-    def _refusal(self, response: httpx.Response, url: str) -> EngineError:
+    def _refusal(self, response: httpx.Response, told: Told, url: str) -> EngineError:
         variable = self._config.key_variable
         remedies = {
             400: "the server cannot do what is asked; vLLM's server can",
+            402: "see that the account has means left, then run again",
             401: f"set the environment variable {variable} to the server's key",
             403: f"the key in {variable} may not do this" if self._key else f"set {variable} to a key",
             404: "look at endpoint.url (it ends with /v1) and endpoint.model",
         }
-        remedy = remedies.get(response.status_code, "look at endpoint.url")
-        return EngineError(self._told(response), where=url, remedy=remedy)
+        remedy = remedies.get(told.status, "look at endpoint.url")
+        return EngineError(self._told(response, told), where=url, remedy=remedy)
 
-    def _told(self, response: httpx.Response) -> str:
+    def _told(self, response: httpx.Response, told: Told) -> str:
         """Status and the server's own words, without the key should it repeat it."""
-        try:
-            said = response.json()
-            said = said.get("error", said)
-            said = said.get("message", said) if isinstance(said, dict) else said
-        except (ValueError, AttributeError):
-            said = response.text
+        said: Any = told.text
+        if not response.is_success:
+            try:
+                said = response.json()
+                said = said.get("error", said)
+                said = said.get("message", said) if isinstance(said, dict) else said
+            except (ValueError, AttributeError):
+                said = response.text
         text = f"HTTP {response.status_code} {response.reason_phrase}: {said}"
         text = text.replace(self._key, "***") if self._key else text
         return text[:500].strip().rstrip(":")
@@ -162,13 +168,3 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(contextvars.copy_context().run, asyncio.run, work).result()
-
-
-def _json(response: httpx.Response, url: str) -> dict[str, Any]:
-    try:
-        answer = response.json()
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise EngineError("the answer is no JSON object", where=url, remedy="look at endpoint.url")
-    return answer

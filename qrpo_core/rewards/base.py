@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from qrpo_core.engines.base import Progress, no_progress
 from qrpo_core.errors import DataError
 
-Status = Literal["ok", "timeout", "sandbox_error", "parse_error", "too_long", "endpoint_error"]
+Status = Literal["ok", "timeout", "sandbox_error", "parse_error", "too_long", "endpoint_error", "refused"]
 
 #: What is said of a row without a reference, and the remedy.
 _MISSING = (

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import json
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from qrpo_core.rewards.code_environment import needed_modules
 
 Format = Literal["leetcode", "mbpp", "humaneval"]
 
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^`\s]*)[^`]*$")
-_LANGUAGES = ("", "python", "python3", "py")
 _NEEDED = {
     "leetcode": ("prompt", "entry_point", "test"),
     "humaneval": ("prompt", "entry_point", "test"),
     "mbpp": ("test_list",),
 }
+#: Columns of a data set's own solution; its imports have to be there as well.
+_SOLUTIONS = ("canonical_solution", "completion", "solution", "code")
+#: Columns of tests that give a program its standard input and read its output.
+_STREAMS = ("input_output", "public_test_cases", "private_test_cases")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class Problem:
     names : names in the tests that the program has to define (mbpp; and the function under test where
         tests call it by its own name).
     classes : names of classes of `judged_setup`: their instances travel.
+    imports : modules (of several, the outer one) that the reference imports, unless it goes on without them.
     """
 
     format: Format
@@ -45,48 +51,44 @@ class Problem:
     entry: str | None
     names: tuple[str, ...]
     classes: tuple[str, ...]
+    imports: tuple[str, ...] = ()
 
-
-def first_block(text: str) -> str | None:
-    """The inside of the first closed fenced block of Python (```python, or no language); None without one.
-
-    Blocks of other languages are passed over, and so is a block that is never closed.
-    """
-    language: str | None = None
-    fence = ""
-    inside: list[str] = []
-    for line in text.splitlines(keepends=True):
-        found = _FENCE.match(line.rstrip("\r\n"))
-        if language is None:
-            if found:
-                fence, language = found[1], found[2].lower()
-                inside = []
-        elif found and not found[2] and found[1].startswith(fence):
-            if language in _LANGUAGES:
-                return "".join(inside)
-            language = None
-        else:
-            inside.append(line)
-    return None
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names by which the program is known among the blocks of a completion."""
+        return (re.split(r"\W", self.entry, maxsplit=1)[0],) if self.entry else self.names
 
 
 def read_problem(reference: str, form: Format) -> Problem:
     """The problem of a reference. Raises ValueError, saying what is needed, for one that is not of the form.
 
-    leetcode, humaneval : {"prompt", "entry_point", "test": "def check(candidate): ..."}; each assert in the
-        body of `check` (or statement with asserts in it) is a test, the other statements before it its setup.
-    mbpp : {"test_list": [source, ...]} and, if there is any, "test_setup_code" (source) and "test_imports"
-        (list of import statements); each member of test_list is a test. "challenge_test_list" is not used.
+    leetcode, humaneval : {"prompt", "entry_point", "test": "def check(candidate): ..."}; each statement in
+        the body of `check` that asserts, itself or through a function of `test`, is a test, the others
+        before it are its setup.
+    mbpp : {"test_list" or "test_cases": [source, ...]} and, if there is any, "test_setup_code" (source) and
+        "test_imports" (list of import statements); each member of test_list is a test.
+        "challenge_test_list" is not used.
+    Every format : `test` may also hold functions `test_...` and methods of a unittest.TestCase that call the
+        program by its name, or as an import from `solution`: each is a test.
     """
     try:
         row = json.loads(reference)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a reference is a JSON object ({error})") from None
+    if isinstance(row, dict) and "test_cases" in row and "test_list" not in row:
+        row["test_list"] = row["test_cases"]
     needed = _NEEDED[form]
-    if not (isinstance(row, dict) and all(key in row for key in needed)):
-        raise ValueError(f"a reference of format {form} is a JSON object with {', '.join(needed)}")
+    own_functions = isinstance(row, dict) and form == "mbpp" and "test" in row and "test_list" not in row
+    if not (isinstance(row, dict) and (own_functions or all(key in row for key in needed))):
+        streams = isinstance(row, dict) and any(key in row for key in _STREAMS)
+        raise ValueError(
+            f"a reference of format {form} is a JSON object with {', '.join(needed)}"
+            + ("; tests on standard input and output are not run" if streams else "")
+        )
     try:
-        return _mbpp(row) if form == "mbpp" else _function(row, form)
+        problem = _by_name(row, form) if own_functions else None
+        problem = problem or (_mbpp(row) if form == "mbpp" else _function(row, form))
+        return replace(problem, imports=_imports(problem, row))
     except (SyntaxError, RecursionError) as error:
         raise ValueError(f"its code cannot be read as Python: {error}") from None
 
@@ -96,19 +98,71 @@ def _function(row: dict[str, Any], form: Format) -> Problem:
     ast.parse(entry, mode="eval")
     tree = ast.parse(test)
     checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
-    if len(checks) != 1 or [argument.arg for argument in checks[0].args.args] != ["candidate"]:
+    if not checks and _test_functions(tree):
+        return _by_name(row, form)
+    if len(checks) != 1 or len(checks[0].args.args) != 1:
         raise ValueError("test has to define check(candidate)")
+    name = checks[0].args.args[0].arg
     setup = ast.parse(prompt)
     helpers = [node for node in tree.body if node is not checks[0] and not _calls_check(node)]
+    body = (
+        checks[0].body if name == "candidate" else [*ast.parse(f"{name} = candidate").body, *checks[0].body]
+    )
     return Problem(
         format=form,
-        tests=tuple(_split(checks[0].body)),
+        tests=tuple(_split(body, _asserting(helpers))),
         examiner_setup="\n".join([prompt, *(ast.unparse(node) for node in helpers)]),
         judged_setup=prompt,
         entry=entry,
-        names=(entry,) if entry in _names([ast.Module(checks[0].body, [])]) else (),
+        names=(entry,) if entry in _names([ast.Module(body, [])]) else (),
         classes=_classes(setup),
     )
+
+
+def _by_name(row: dict[str, Any], form: Format) -> Problem:
+    """Tests that are functions and call the program by its name."""
+    tree = ast.parse(_text(row, "test"))
+    prompt = _text(row, "prompt") if form != "mbpp" else ""
+    tests = _test_functions(tree)
+    if not tests:
+        raise ValueError("test defines no function test_... and no unittest.TestCase with such methods")
+    of_solution = [
+        node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "solution"
+    ]
+    body = [node for node in tree.body if node not in of_solution and not _is_main(node)]
+    names = {alias.asname or alias.name for node in of_solution for alias in node.names}
+    # An alias would be another name here than there; none of the data sets has one.
+    if any(alias.asname for node in of_solution for alias in node.names) or "*" in names:
+        raise ValueError("test imports from solution under another name")
+    setup = ast.parse(prompt)
+    return Problem(
+        format=form,
+        tests=tuple(tests),
+        examiner_setup="\n".join([prompt, *(ast.unparse(node) for node in body)]),
+        judged_setup=prompt,
+        entry=None,
+        names=tuple(sorted(names or _names([ast.Module(body, [])]) - _bound([setup]) | _entry(row))),
+        classes=_classes(setup),
+    )
+
+
+def _entry(row: dict[str, Any]) -> set[str]:
+    entry = row.get("entry_point")
+    return {entry} if isinstance(entry, str) and entry.isidentifier() else set()
+
+
+def _test_functions(tree: ast.Module) -> list[str]:
+    """A statement for each test of a module: a call of test_..., or of a TestCase's method."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            if node.args.args or node.args.kwonlyargs:
+                raise ValueError(f"{node.name} takes arguments: fixtures and parameters are not read")
+            found.append(f"{node.name}()")
+        elif isinstance(node, ast.ClassDef) and any("TestCase" in ast.unparse(base) for base in node.bases):
+            methods = [child.name for child in node.body if isinstance(child, ast.FunctionDef)]
+            found += [f"{node.name}({name!r}).debug()" for name in methods if name.startswith("test")]
+    return found
 
 
 def _mbpp(row: dict[str, Any]) -> Problem:
@@ -122,8 +176,9 @@ def _mbpp(row: dict[str, Any]) -> Problem:
         ast.unparse(node) for node in before.body if isinstance(node, ast.Import | ast.ImportFrom)
     )
     whole = [ast.parse(setup + "\n" + test) for test in tests]
+    helpers = _asserting(before.body)
     for test in tests:
-        if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test))):
+        if not any(_asserts(node, helpers) for node in ast.walk(ast.parse(test))):
             raise ValueError(f"{test[:80]!r} in test_list asserts nothing")
     names = _names(whole) - _bound([ast.parse(imported)]) or _only_call(whole)
     # A module that tests use without importing it: never the program's, which could forge what it says.
@@ -140,21 +195,62 @@ def _mbpp(row: dict[str, Any]) -> Problem:
     )
 
 
-def _split(body: list[ast.stmt]) -> Iterable[str]:
-    """The tests in the body of `check`; a statement that returns or asserts nothing at all is refused."""
+def _split(body: list[ast.stmt], helpers: set[str]) -> Iterable[str]:
+    """The tests in the body of `check`; a statement that returns or asserts nothing at all is refused.
+
+    helpers : functions that assert.
+    """
     if any(isinstance(node, ast.Return | ast.Yield) for stmt in body for node in _own_nodes(stmt)):
         raise ValueError("check(candidate) returns: its asserts cannot be run one by one")
     before: list[str] = []
     count = 0
     for statement in body:
         source = ast.unparse(statement)
-        if any(isinstance(node, ast.Assert) for node in _own_nodes(statement)):
+        if any(_asserts(node, helpers) for node in _own_nodes(statement)):
             count += 1
             yield "\n".join([*before, source])
         else:
             before.append(source)
     if not count:
         raise ValueError("check(candidate) asserts nothing")
+
+
+def _asserts(node: ast.AST, helpers: set[str]) -> bool:
+    """Whether a node is an assert, or the call of something that asserts.
+
+    That is one of `helpers`, `numpy.testing.assert_...` and the like, and `pytest.raises`.
+    """
+    match node:
+        case ast.Assert():
+            return True
+        case ast.Call(func=ast.Name(id=name)):
+            return name in helpers
+        case ast.Call(func=ast.Attribute(attr=name)):
+            return name.startswith("assert") or name == "raises"
+    return False
+
+
+def _asserting(nodes: Iterable[ast.stmt]) -> set[str]:
+    """Names of functions that assert, themselves or through each other."""
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    found: set[str] = set()
+    while True:
+        more = {f.name for f in functions if any(_asserts(node, found) for node in ast.walk(f))}
+        if more <= found:
+            return found
+        found |= more
+
+
+def _imports(problem: Problem, row: dict[str, Any]) -> tuple[str, ...]:
+    """Modules that the setup, the tests and the data set's own solution cannot go on without."""
+    found: set[str] = set()
+    for source in (problem.examiner_setup, problem.judged_setup, *problem.tests):
+        found |= needed_modules(ast.parse(source))
+    for key in _SOLUTIONS:
+        if isinstance(row.get(key), str):
+            with contextlib.suppress(SyntaxError, ValueError):  # a body alone: it has no imports to see
+                found |= needed_modules(ast.parse(row[key]))
+    return tuple(sorted(found))
 
 
 def _own_nodes(statement: ast.AST) -> Iterable[ast.AST]:
@@ -227,6 +323,10 @@ def _calls_check(node: ast.stmt) -> bool:
     return False
 
 
+def _is_main(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+
+
 def _text(row: dict[str, Any], key: str) -> str:
     if not isinstance(row[key], str):
         raise ValueError(f"{key} has to be a string")
@@ -235,6 +335,9 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 def _texts(row: dict[str, Any], key: str) -> list[str]:
     value = row[key]
+    if isinstance(value, str):  # some tables hold the list as JSON
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if not (isinstance(value, list) and all(isinstance(member, str) for member in value)):
         raise ValueError(f"{key} has to be a list of strings")
     return value

@@ -12,10 +12,11 @@ import math
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from qrpo_core.rewards.code_environment import Environment
 from qrpo_core.rewards.code_formats import Problem
 from qrpo_core.rewards.sandbox import Limits, Mode, Sandbox, SandboxError
 from qrpo_core.rewards.sandbox_channel import Broken, Ended, Late
@@ -58,6 +59,10 @@ class Outcome:
     note: str = ""
 
 
+class SetupFailed(SandboxError):
+    """The setup of the tests raised: a fault of the data set."""
+
+
 class _NotLoaded(Exception):
     """The program raised, or ended, while it was loaded."""
 
@@ -68,9 +73,9 @@ class Bench:
     `stop`, from any thread, ends what runs here and lets nothing more be started.
     """
 
-    def __init__(self, mode: Mode, packages: tuple[Path, ...] = ()) -> None:
+    def __init__(self, mode: Mode, environment: Environment) -> None:
         self._mode = mode
-        self._packages = packages
+        self._environment = environment
         self._examiner: Sandbox | None = None
         self._lock = threading.Lock()
         self._running: set[Sandbox] = set()
@@ -78,7 +83,7 @@ class Bench:
 
     def start(self, role: Literal["judged", "examiner"], limits: Limits) -> Sandbox:
         """A sandbox that is up, ended by `end` or `stop`. Raises SandboxError if it does not come up."""
-        sandbox = Sandbox(role, self._mode, limits, self._packages)
+        sandbox = Sandbox(role, self._mode, limits, self._environment)
         with self._lock:
             self._running.add(sandbox)
             if self._stopped:
@@ -127,8 +132,21 @@ class Bench:
         }
         reply = _asked(self._examiner, b"L" + json.dumps(form).encode("ascii"))
         if reply[:1] != b"D":
-            raise SandboxError(f"the tests' own setup failed: {reply[1:].decode('utf-8', 'replace')}")
+            raise SetupFailed(f"the tests' own setup failed: {reply[1:].decode('utf-8', 'replace')}")
         return self._examiner
+
+    def importable(self, names: Sequence[str], limits: Limits, *, load: bool) -> dict[str, str]:
+        """Why each of the modules cannot be imported in the environment; those that can are not in it.
+
+        load : import them; otherwise they are only looked for.
+        Raises SandboxError if the harness failed, or a module ends the process.
+        """
+        examiner = self.start("examiner", limits)
+        try:
+            reply = _asked(examiner, b"I" + json.dumps({"names": list(names), "load": load}).encode("ascii"))
+        finally:
+            self.end(examiner)
+        return dict(json.loads(reply[1:]))
 
     def close(self) -> None:
         """End the examiner."""

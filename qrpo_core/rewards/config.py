@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -98,8 +99,14 @@ class CodeRewardConfig(Section):
     )
     packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], ...] = Field(
         (),
-        description="Installed packages that programs may import beside the standard library, "
-        "such as sortedcontainers.",
+        description="Installed packages that programs and tests may import beside the standard library, by "
+        "the names of their imports, such as sortedcontainers or numpy; their versions name the scores.",
+    )
+    python: str | None = Field(
+        None,
+        description="Virtual environment, or interpreter, that runs programs and has the packages; null: "
+        "this one. Its version names the scores, not its place.",
+        json_schema_extra=Speed,
     )
     processes: PositiveInt | None = Field(
         None,
@@ -135,8 +142,27 @@ class JudgeRewardConfig(Section):
         description="Take the expected score over the tokens' probabilities; an endpoint that gives none is "
         "refused. false: the score that it wrote.",
     )
+    pattern: str | None = Field(
+        None,
+        description="Regular expression of the score in its answer; its last match counts, the group `score` "
+        "or the first one if it has groups. null: the rule of docs/rewards.md.",
+    )
     max_tokens: PositiveInt = Field(16, description="Length of its answer.")
-    temperature: NonNegativeFloat = Field(0.0, description="Temperature of its answer.")
+    max_completion_tokens: PositiveInt | None = Field(
+        None,
+        description="Length of its answer with its thinking, sent in place of max_tokens to models that take "
+        "this name.",
+    )
+    temperature: NonNegativeFloat | None = Field(
+        0.0, description="Temperature of its answer; null: not sent, for models that take none."
+    )
+    top_logprobs: Annotated[int, Field(ge=1, le=1000)] = Field(
+        20, description="expected: alternatives asked for at each token; services allow from 5 to 20."
+    )
+    extra_body: dict[str, Any] = Field(
+        {},
+        description="Further fields of each request, such as reasoning_effort or chat_template_kwargs.",
+    )
     key_variable: str = Field(
         "OPENAI_API_KEY", description="Environment variable with the key.", json_schema_extra=Speed
     )
@@ -159,12 +185,35 @@ class JudgeRewardConfig(Section):
             raise ValueError(
                 f"reward.judge.highest {self.highest} is not above reward.judge.lowest {self.lowest}"
             )
+        if self.max_completion_tokens is not None and "max_tokens" in changed_fields(self):
+            raise ValueError(
+                "reward.judge.max_tokens and max_completion_tokens are one limit under two names; remove one"
+            )
+        ours = sorted(self.extra_body.keys() & _SENT)
+        if ours:
+            raise ValueError(
+                f"reward.judge.extra_body.{ours[0]} is sent already, by the fields of reward.judge; remove it"
+            )
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"reward.judge.pattern {self.pattern!r} is no regular expression ({error})"
+                ) from None
         if self.expected and self.lowest < 0:
             raise ValueError(
                 f"reward.judge.lowest {self.lowest} is negative, and a sign is a token of its own; "
                 "set reward.judge.expected: false, or use a scale from 0 or 1"
             )
         return self
+
+
+#: What the reward itself puts into a request of a judge.
+_SENT = frozenset(
+    {"model", "messages", "max_tokens", "max_completion_tokens", "temperature"}
+    | {"logprobs", "top_logprobs", "seed", "n", "stream"}
+)
 
 
 class PythonRewardConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import urllib.parse
 from collections.abc import Sequence
@@ -26,8 +27,14 @@ if TYPE_CHECKING:
 #: What a template may name.
 VARIABLES = ("prompt", "completion", "messages", "reference", "lowest", "highest")
 _URL_REMEDY = "write it as http://host:8000/v1"
-#: Alternatives asked for at each token of the answer; the most that OpenAI gives.
-_ALTERNATIVES = 20
+#: What a service says of a request that is longer than its model reads.
+_TOO_LONG = re.compile(
+    r"context (?:length|window|size)|maximum model length|too long|too many (?:input |prompt )?tokens|"
+    r"reduce the length|(?:exceed|larger|longer)\w* .{0,40}tokens?\b",
+    re.IGNORECASE | re.DOTALL,
+)
+#: Asked after a refusal, with the same settings: whether the endpoint refuses this row, or everything.
+_PROBE = "Reply with the number {lowest} alone."
 #: So many rows in a row without an answer, beyond those asked at a time, end the run: the judge is away.
 _FAILED_IN_A_ROW = 32
 
@@ -38,7 +45,8 @@ class JudgeReward(RowReward):
     `expected: true` gives the mean of the scale over the probabilities of the answer's tokens, `false` the
     integer that the answer states; both are defined in `judge_answer`. An answer that is neither is a
     `parse_error` with the answer in `detail`; a request longer than the judge takes is `too_long`; one that
-    found no answer within `retry_seconds` is `endpoint_error`.
+    found no answer within `retry_seconds` is `endpoint_error`; one that the endpoint or the judge refuses,
+    while it answers others, is `refused`.
 
     Raises ConfigError for a URL that is none, and for a template that does not parse, names an unknown
     variable or leaves the completion out.
@@ -66,8 +74,9 @@ class JudgeReward(RowReward):
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests; `concurrency` requests at a time.
 
-        Raises EngineError where the endpoint refuses (its address, model, key or settings are wrong), gives
-        no log-probabilities for `expected: true`, or has not answered many rows one after another.
+        Raises EngineError where the endpoint refuses whatever it is asked (its address, model, key or
+        settings are wrong), gives no log-probabilities for `expected: true`, or has not answered many rows
+        one after another.
         """
         refuse(self, ((request.prompt_id, request.reference) for request in requests))
         if not requests:
@@ -133,25 +142,47 @@ class JudgeReward(RowReward):
             return self._client
 
     def _ask(self, client: Client, request: RewardRequest) -> Score:
-        from qrpo_core.http import Refused, Stopped, Unavailable
+        from qrpo_core.http import Refused, Unavailable
 
         try:
             body = self._body(request)
         except Exception as error:  # a template that fails on this row, or text that is not Unicode
             return Score(None, "parse_error", clip(f"{type(error).__name__}: {error}"))
         try:
-            reply = client.post("chat/completions", body)
+            reply = self._post(client, body)
         except Unavailable as error:
             return Score(None, "endpoint_error", clip(str(error)))
-        except Stopped:
-            raise EngineError("the judge was closed while rows waited", where=self._where) from None
         except Refused as error:
-            if score := _of_this_row(error):
-                return score
-            self._refuse(error)
+            return self._refused(client, error)
         if self._config.expected:
             self._check_logprobs(reply)
         return guarded(partial(self._read, reply))
+
+    def _post(self, client: Client, body: dict[str, Any]) -> dict[str, Any]:
+        from qrpo_core.http import Stopped
+
+        try:
+            return client.post("chat/completions", body)
+        except Stopped:
+            raise EngineError("the judge was closed while rows waited", where=self._where) from None
+
+    def _refused(self, client: Client, error: Refused) -> Score:
+        """The status of a refused row. Raises EngineError where a harmless question is refused as well."""
+        from qrpo_core.http import Refused, Unavailable
+
+        told = clip(f"status {error.status}: {error.message}")
+        if error.status == 413 or error.code == "context_length_exceeded":
+            return Score(None, "too_long", told)
+        if error.status in (400, 422) and _TOO_LONG.search(error.message):
+            return Score(None, "too_long", told)
+        if error.code != "content_filter":
+            try:
+                self._post(client, self._asked(_PROBE.format(lowest=self._config.lowest), 0))
+            except Refused as again:
+                self._refuse(again)
+            except Unavailable as again:  # nobody can say whose fault it was
+                return Score(None, "endpoint_error", clip(f"{told}; then {again}"))
+        return Score(None, "refused", told)
 
     def _body(self, request: RewardRequest) -> dict[str, Any]:
         config = self._config
@@ -165,23 +196,33 @@ class JudgeReward(RowReward):
             highest=config.highest,
         )
         question.encode()  # half a surrogate pair cannot be sent
+        return self._asked(question, sample_seed(0, request.prompt_id, request.sample_index) >> 33)
+
+    def _asked(self, question: str, seed: int) -> dict[str, Any]:
+        """The body of a request."""
+        config = self._config
         turns = [{"role": "system", "content": config.system}] if config.system is not None else []
         body: dict[str, Any] = {
+            **config.extra_body,
             "model": config.model,
             "messages": [*turns, {"role": "user", "content": question}],
-            "max_tokens": config.max_tokens,
-            "temperature": config.temperature,
         }
+        if config.max_completion_tokens is None:
+            body["max_tokens"] = config.max_tokens
+        else:
+            body["max_completion_tokens"] = config.max_completion_tokens
+        if config.temperature is not None:
+            body["temperature"] = config.temperature
         if config.expected:
-            body |= {"logprobs": True, "top_logprobs": _ALTERNATIVES}
-        if config.temperature > 0:
-            body["seed"] = sample_seed(0, request.prompt_id, request.sample_index) >> 33
+            body |= {"logprobs": True, "top_logprobs": config.top_logprobs}
+        if config.temperature is None or config.temperature > 0:
+            body["seed"] = seed
         return body
 
     def _check_logprobs(self, reply: dict[str, Any]) -> None:
         """Refuse a judge that gives none: falling back would mix two kinds of score in one reward."""
         choice = _choice(reply)
-        if choice and choice["message"].get("content") and not (choice.get("logprobs") or {}).get("content"):
+        if choice and _said(choice) and not (choice.get("logprobs") or {}).get("content"):
             raise EngineError(
                 "the judge gives no log-probabilities, and reward.judge.expected is true",
                 where=self._where,
@@ -192,13 +233,17 @@ class JudgeReward(RowReward):
         config, choice = self._config, _choice(reply)
         if choice is None:
             return Score(None, "parse_error", f"a reply of another form: {clip(json.dumps(reply), 200)}")
-        text = choice["message"].get("content")
+        text, finish = _said(choice), choice.get("finish_reason")
+        if finish == "content_filter":
+            return Score(None, "refused", clip(f"the judge's answer was filtered: {text!r}"))
+        if refusal := choice["message"].get("refusal"):
+            return Score(None, "refused", clip(f"the judge refuses: {refusal}"))
         if not text:
-            refusal = choice["message"].get("refusal")
-            return Score(None, "parse_error", clip(f"an empty answer{f': {refusal}' if refusal else ''}"))
+            longer = "; its thinking filled the limit, raise max_tokens" if finish == "length" else ""
+            return Score(None, "parse_error", f"an empty answer{longer}")
         try:
-            cut = choice.get("finish_reason") == "length"
-            score = judge_answer.written(text, config.lowest, config.highest, cut=cut)
+            cut = finish == "length"
+            score = judge_answer.written(text, config.lowest, config.highest, cut=cut, pattern=config.pattern)
             if not config.expected:
                 return float(score.value)
             tokens = choice["logprobs"]["content"]
@@ -211,7 +256,7 @@ class JudgeReward(RowReward):
             401: f"set the environment variable {self._config.key_variable} to a key that it takes",
             403: f"the key in {self._config.key_variable} may not use this model",
             404: "see reward.judge.url (it usually ends in /v1) and reward.judge.model",
-        }.get(error.status, "see reward.judge: url, model, max_tokens, temperature, expected")
+        }.get(error.status, "see reward.judge: url, model, max_completion_tokens, temperature, top_logprobs")
         raise EngineError(
             f"the judge refuses with status {error.status} ({error.message})",
             where=f"{self._where}, model {self._config.model!r}",
@@ -255,14 +300,12 @@ def _choice(reply: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _of_this_row(error: Refused) -> Score | None:
-    """The status of a row whose own text is the reason of a refusal."""
-    text = error.message.lower()
-    told = clip(f"status {error.status}: {error.message}")
-    if error.status == 413 or error.code == "context_length_exceeded":
-        return Score(None, "too_long", told)
-    if error.status == 400 and ("context length" in text or "maximum model length" in text):
-        return Score(None, "too_long", told)
-    if error.status == 400 and error.code == "content_filter":
-        return Score(None, "parse_error", told)
-    return None
+def _said(choice: dict[str, Any]) -> str:
+    """The text of an answer, in parts or in one; what the judge thought in a field of its own is no part."""
+    content = choice["message"].get("content")
+    if isinstance(content, list):
+        parts = (
+            part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"
+        )
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,36 @@ from qrpo_core.rewards.base import clip
 LEAST_MASS, MOST_OPEN = 0.5, 0.01
 
 _WIDEST_ANSWER = 80
-# Not a part of a word, a decimal, a date or a larger number with separators.
-_INTEGER = re.compile(r"(?<![\w.,\-])-?\d+(?![\w\-]|[.,]\d)", re.ASCII)
+# Not a part of a word, a decimal, a date or a larger number with separators; 7.0 is 7.
+_NUMBER = r"(?<![\w.,\-])(?P<number>-?\d+)(?:\.0+)?(?![\w\-]|[.,]\d)"
+_INTEGER = re.compile(_NUMBER, re.ASCII)
 #: The scale's end that follows a score, as in 7/10, **7** / 10 or "7 out of 10".
 _OF_HIGHEST = re.compile(r"[\s*_]*(?:/|out of)\s*(?P<end>\d+)(?![\w\-]|[.,]\d)", re.ASCII | re.IGNORECASE)
+
+_MARKS = r"[\s*_#>\"'`$-]*"
+_KIND = r"(?:score|rating|grade|mark|verdict|judge?ment)"
+_OVERALL = rf"(?:overall|final|total)(?:[ _-]+(?:{_KIND}|answer|assessment))?"
+# A statement begins a line, a sentence or a member of an object, and names what its number is.
+_LABEL = r"(?:^|[.!?;,{{(\n])" + _MARKS + r"(?:(?:my|the)[ ]+)?{label}(?:[ ]*\([^()\n]{{0,40}}\))?"
+_EQUALS = r"[*_\"'`\s]*(?:[:=]|\bis\b)[\s*_\"'`$\[({\\]*(?:boxed\{)?"
+#: Forms that state the score in an answer with other numbers, the more final first.
+_STATED = tuple(
+    re.compile(form, re.ASCII | re.IGNORECASE)
+    for form in (
+        _LABEL.format(label=_OVERALL) + _EQUALS + _NUMBER,
+        _LABEL.format(label=_KIND)
+        + _EQUALS
+        + _NUMBER
+        + r"|\[\[\s*(?P<double>-?\d+)\s*\]\]|\\boxed\{\s*(?P<boxed>-?\d+)\s*\}"
+        + rf"|<(?P<tag>{_KIND}|answer)>\s*(?P<tagged>-?\d+)\s*</(?P=tag)>",
+    )
+)
+#: What shows, in an answer that was cut, that the number was written to its end.
+_COMPLETE = re.compile(r"[ \t*_]*(?:\n|[.,;!?][\s\"]|[\"'`\]})]|</)")
+_HEDGED = re.compile(r"[\s*_]*(?:or|to|and|[-\u2013~])[\s*_]*\d", re.IGNORECASE)
+#: Where a judge's own thinking ends, and where it begins.
+_THOUGHT = re.compile(r"</(?:think|thinking|reasoning|thought)>|\[/THINK\]", re.IGNORECASE)
+_THINKS = re.compile(r"<(?:think|thinking|reasoning|thought)>|\[THINK\]", re.IGNORECASE)
 
 
 class Unreadable(ValueError):
@@ -34,35 +61,109 @@ class Written:
     end: int
 
 
-def written(text: str, lowest: int, highest: int, *, cut: bool = False) -> Written:
-    """The one integer of an answer.
+def written(
+    text: str, lowest: int, highest: int, *, cut: bool = False, pattern: str | None = None
+) -> Written:
+    """The score that an answer states, behind the judge's own thinking.
 
-    The strict rule: an integer on its own (no decimal, no part of a word), "7/10" and "7 out of 10" being
-    7 where 10 is `highest`; all integers of the answer have to be the same; it has to be on the scale.
+    A statement ("Overall: 7", else "Score: 7", [[7]], \\boxed{7}, <score>7</score>) is the score, and all
+    statements of its kind have to agree. Without one it is the one integer of the answer: all integers have
+    to be the same; the scale itself ("from 1 to 9") is none. An integer stands on its own (7.0 is 7, 7.5 and
+    7th are none); "7/10" and "7 out of 10" are 7 where 10 is `highest`. It has to be on the scale.
 
-    cut : the answer met its length limit: a number at its very end may be the beginning of another.
+    cut : the answer met its length limit. Then only a statement that is written to its end counts: the one
+        number of a sentence that was cut may be any.
+    pattern : regular expression that finds the score instead: its last match, in it the group `score`, or
+        the first group, or all of it.
 
     Raises Unreadable.
     """
+    quoted = repr(clip(text, _WIDEST_ANSWER))
+    plain = _without_thinking(_with_ascii_digits(text))
+    scores = _matched(plain, pattern) if pattern is not None else _stated(plain)
+    if cut:
+        scores = [score for score in scores if _COMPLETE.match(plain, _end_of(plain, score, highest))]
+        if not scores:
+            raise Unreadable(f"the answer {quoted} is cut before it states a score; raise max_tokens")
+    if not scores and pattern is None:
+        scores = _integers(plain, lowest, highest)
+    if not scores:
+        raise Unreadable(
+            f"no {'integer' if pattern is None else 'match of the pattern'} in the answer {quoted}"
+        )
+    if len({score.value for score in scores}) > 1:
+        raise Unreadable(f"several numbers in the answer {quoted}")
+    score = scores[0]
+    if not lowest <= score.value <= highest:
+        raise Unreadable(f"{score.value} is outside the scale {lowest} to {highest}; the answer is {quoted}")
+    end = _OF_HIGHEST.match(plain, score.end)
+    if (end and int(end["end"]) != highest) or (pattern is None and _HEDGED.match(plain, score.end)):
+        raise Unreadable(f"several numbers in the answer {quoted}")
+    return score
+
+
+def _stated(text: str) -> list[Written]:
+    """The statements of the most final kind."""
+    for form in _STATED:
+        if found := list(form.finditer(text)):
+            return [_written(match, str(match.lastgroup)) for match in found]
+    return []
+
+
+def _matched(text: str, pattern: str) -> list[Written]:
+    """The last match of a pattern, as a list. Raises Unreadable where it is no integer."""
+    found = list(re.finditer(pattern, text))[-1:]
+    if not found:
+        return []
+    group = "score" if "score" in found[0].groupdict() else min(1, found[0].re.groups)
+    if not re.fullmatch(r"\s*-?[0-9]+(?:\.0+)?\s*", found[0][group] or ""):
+        raise Unreadable(f"the pattern finds {clip(str(found[0][group]), 80)!r}, which is no integer")
+    number = re.search(r"-?[0-9]+", found[0][group])
+    assert number is not None
+    start = found[0].start(group) + number.start()
+    return [Written(int(number[0]), start, start + len(number[0]))]
+
+
+def _written(match: re.Match[str], group: str) -> Written:
+    return Written(int(match[group]), match.start(group), match.end(group))
+
+
+def _integers(text: str, lowest: int, highest: int) -> list[Written]:
+    """All integers of an answer, but for the ends of the scale where they are named as such."""
+    scale = rf"(?<![\w.,\-]){lowest}\b[^\d\n]{{0,40}}?(?:\bto\b|\band\b|[-\u2013])[^\d\n]{{0,20}}?{highest}\b"
+    text = re.sub(scale, lambda found: " " * len(found[0]), text, flags=re.ASCII)
     found: list[Written] = []
     place = 0
     while match := _INTEGER.search(text, place):
-        place = match.end()
-        ending = _OF_HIGHEST.match(text, place)
-        if ending and int(ending["end"]) == highest:
-            place = ending.end()
-        found.append(Written(int(match[0]), match.start(), match.end()))
-    quoted = repr(clip(text, _WIDEST_ANSWER))
-    if not found:
-        raise Unreadable(f"no integer in the answer {quoted}")
-    if len({score.value for score in found}) > 1:
-        raise Unreadable(f"several numbers in the answer {quoted}")
-    score = found[0]
-    if not lowest <= score.value <= highest:
-        raise Unreadable(f"{score.value} is outside the scale {lowest} to {highest}; the answer is {quoted}")
-    if cut and score.end == len(text):
-        raise Unreadable(f"the answer {quoted} is cut inside or right behind its number; raise max_tokens")
-    return score
+        place = _end_of(text, score := _written(match, "number"), highest)
+        found.append(score)
+    return found
+
+
+def _end_of(text: str, score: Written, highest: int) -> int:
+    """Where a score ends with its scale: behind "7/10" where 10 is `highest`."""
+    ending = _OF_HIGHEST.match(text, score.end)
+    return ending.end() if ending and int(ending["end"]) == highest else score.end
+
+
+def _with_ascii_digits(text: str) -> str:
+    """The text with the decimal digits of all scripts as 0 to 9, each at its place."""
+    if text.isascii():
+        return text
+    return re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
+
+
+def _without_thinking(text: str) -> str:
+    """The text with blanks for the judge's thinking, so that places stay.
+
+    Raises Unreadable for thinking that does not end.
+    """
+    end = max((mark.end() for mark in _THOUGHT.finditer(text)), default=0)
+    if _THINKS.search(text, end):
+        raise Unreadable(
+            f"the judge's thinking does not end: {clip(text, _WIDEST_ANSWER)!r}; raise max_tokens"
+        )
+    return " " * end + text[end:]
 
 
 def expected(
@@ -155,7 +256,8 @@ def _span(text: str, tokens: Sequence[Mapping[str, Any]], score: Written) -> tup
     pieces = [_bytes(token) for token in tokens]
     spelled = b"".join(pieces)
     answer = text.encode()
-    offset = spelled.find(answer)  # an end token may follow, white space may be stripped from the text
+    # An end token may follow, white space may be stripped, thinking that is no part of the text may precede.
+    offset = spelled.rfind(answer)
     if offset < 0:
         raise Unreadable("the tokens of the log-probabilities do not spell the answer")
     start = offset + len(text[: score.start].encode())
@@ -188,5 +290,5 @@ def _chances(token: Mapping[str, Any], *, continued: bool = False) -> dict[str, 
 
 def _digits(name: str, *, continued: bool) -> str | None:
     """The digits that a token is; white space may stand before them, but not inside a number."""
-    digits = name if continued else name.lstrip()
+    digits = _with_ascii_digits(name if continued else name.lstrip())
     return digits if digits.isascii() and digits.isdigit() else None

@@ -22,8 +22,8 @@ SCORER_VERSIONS = {
     "length": 1,
     "weighted": 1,
     "model": 1,
-    "code": 1,
-    "judge": 1,
+    "code": 2,
+    "judge": 2,
     "python": 1,
 }
 
@@ -82,7 +82,8 @@ def reward_identity(config: RewardConfig) -> dict[str, Any]:
     Keys: `config` (the fields of its kind), `scorers` (the version of each kind used, ours),
     `libraries` (the installed version of each distribution that the kinds used depend on) and, only where
     something outside the config decides scores, `identities`: by place ("reward", or "terms.0" of a weighted
-    one), the content of a model or of a function's file.
+    one), the content of a model or of a function's file, or the versions of the packages that graded programs
+    may import.
     Raises ConfigError if a library is not installed; ModelError or ConfigError where there is no such model
     or function.
     """
@@ -104,6 +105,10 @@ def _identities(config: RewardConfig, place: str) -> Iterator[tuple[str, dict[st
         from qrpo_core.rewards.model_source import model_identity
 
         yield place or "reward", model_identity(config.model)
+    if config.code is not None and (config.code.packages or config.code.python):
+        from qrpo_core.rewards.code_environment import environment_identity
+
+        yield place or "reward", environment_identity(config.code)
     if config.python is not None:
         from qrpo_core.rewards.python import function_identity
 

@@ -13,21 +13,19 @@ ordinary user starts has a user namespace, in which the limit counts too.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qrpo_core.rewards.code_environment import Environment
 from qrpo_core.rewards.sandbox_channel import Channel, Ended, Late
 from qrpo_core.rewards.sandbox_seccomp import seccomp_filter
 from qrpo_core.rewards.sandbox_wire import MESSAGE_BYTES
@@ -53,6 +51,8 @@ _ENVIRONMENT = {
 _FOLDER = Path(__file__).parent
 _FILES = ("sandbox_wire.py", "sandbox_judged.py", "sandbox_examiner.py")
 _INSIDE = Path("/qrpo")
+#: Apart from our files: what a program can import is the packages alone.
+_PACKAGES = Path("/packages")
 
 
 class SandboxError(Exception):
@@ -75,7 +75,7 @@ class Sandbox:
     """A running process of ours in a sandbox and the channel to it. It ends with `close`.
 
     role : "judged" or "examiner", which of `sandbox_judged` and `sandbox_examiner` runs.
-    packages : folders of packages that can be imported inside, beside the standard library.
+    environment : the interpreter, and the packages that can be imported beside its standard library.
     It starts at once; `wait` until it is up. Raises SandboxError if it cannot be started.
     """
 
@@ -84,7 +84,7 @@ class Sandbox:
         role: Literal["judged", "examiner"],
         mode: Mode,
         limits: Limits,
-        packages: tuple[Path, ...] = (),
+        environment: Environment,
     ) -> None:
         self._mode = mode
         self._closed = False
@@ -95,7 +95,7 @@ class Sandbox:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the sandbox)
         try:
             self._process = subprocess.Popen(
-                _command(role, mode, limits, packages, filter_fd),
+                _command(role, mode, limits, environment, filter_fd),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -173,7 +173,7 @@ def _readable(data: bytes) -> int:
     return read
 
 
-def _command(role: str, mode: Mode, limits: Limits, packages: tuple[Path, ...], filter_fd: int) -> list[str]:
+def _command(role: str, mode: Mode, limits: Limits, environment: Environment, filter_fd: int) -> list[str]:
     settings = {
         "cpu_seconds": limits.cpu_seconds,
         "memory_bytes": limits.memory_bytes,
@@ -185,17 +185,18 @@ def _command(role: str, mode: Mode, limits: Limits, packages: tuple[Path, ...], 
     if mode != "unsafe":  # without a sandbox the system would count all the processes of the user
         settings["processes"] = PROCESSES
     home = _INSIDE if mode != "unsafe" else _FOLDER.parent.parent
-    folders = [str(home), *(str(folder.parent) for folder in packages if mode == "unsafe")]
+    parents = [_PACKAGES] if mode != "unsafe" else [place.parent for place in environment.packages]
+    folders = [str(place) for place in dict.fromkeys(parents)] if environment.packages else []
     start = (
-        f"import sys; sys.path[:0] = {folders!r}; from qrpo_core.rewards.sandbox_{role} import main; "
-        f"{'' if packages else f'del sys.path[:{len(folders)}]; '}main()"
+        f"import sys; sys.path[:0] = [{str(home)!r}]; from qrpo_core.rewards.sandbox_{role} import main; "
+        f"del sys.path[0]; sys.path[:0] = {folders!r}; main()"
     )
     # -S: no site-packages; -s -P: no folder of a user's; the environment is empty, and has the hash seed.
-    python = [_python(), "-S", "-s", "-P", "-B", "-c", start, json.dumps(settings)]
-    return python if mode == "unsafe" else [*_bubblewrap(mode, packages, filter_fd), *python]
+    python = [str(environment.executable), "-S", "-s", "-P", "-B", "-c", start, json.dumps(settings)]
+    return python if mode == "unsafe" else [*_bubblewrap(mode, environment, filter_fd), *python]
 
 
-def _bubblewrap(mode: Mode, packages: tuple[Path, ...], filter_fd: int) -> list[str]:
+def _bubblewrap(mode: Mode, environment: Environment, filter_fd: int) -> list[str]:
     size = str(FILE_BYTES)
     command = [
         shutil.which("bwrap") or "bwrap",
@@ -219,19 +220,19 @@ def _bubblewrap(mode: Mode, packages: tuple[Path, ...], filter_fd: int) -> list[
             command += ["--symlink", str(place.readlink()), str(place)]
         elif place.is_dir():
             command += ["--ro-bind", str(place), str(place)]
-    prefix = Path(sys.base_prefix).resolve()
+    prefix = environment.prefix
     if not prefix.is_relative_to("/usr"):
         command += [*_parents(prefix), "--ro-bind", str(prefix), str(prefix)]
     command += _parents(_INSIDE / "qrpo_core" / "rewards" / "__pycache__" / "file")
     for name in _FILES:
         inside = _INSIDE / "qrpo_core" / "rewards" / name
-        compiled = Path(importlib.util.cache_from_source(str(_FOLDER / name)))
+        compiled = _FOLDER / "__pycache__" / f"{name.removesuffix('.py')}.{environment.tag}.pyc"
         command += ["--ro-bind", str(_FOLDER / name), str(inside)]
         command += ["--ro-bind-try", str(compiled), str(inside.parent / "__pycache__" / compiled.name)]
-    for package in packages:
-        command += ["--ro-bind", str(package), str(_INSIDE / package.name)]
-        libraries = package.with_name(f"{package.name}.libs")  # where wheels keep their shared objects
-        command += ["--ro-bind-try", str(libraries), str(_INSIDE / libraries.name)]
+    if environment.packages:
+        command += _parents(_PACKAGES / "name")
+    for place in environment.packages:
+        command += ["--ro-bind", str(place), str(_PACKAGES / place.name)]
     command += ["--proc", "/proc", "--dev", "/dev"]
     command += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
     command += ["--perms", "1777", "--size", size, "--tmpfs", "/dev/shm"]
@@ -253,15 +254,6 @@ def _parents(place: Path) -> list[str]:
     """Make the folders above a place, readable: bubblewrap would make them for its own user alone."""
     above = [folder for folder in reversed(place.parents) if folder != Path("/")]
     return [word for folder in above for word in ("--perms", "0755", "--dir", str(folder))]
-
-
-def _python() -> str:
-    """The interpreter of the base installation, which needs no virtual environment."""
-    name = f"python{sysconfig.get_python_version()}"
-    for place in (Path(sys.base_prefix, "bin", name), Path(getattr(sys, "_base_executable", sys.executable))):
-        if place.exists():
-            return str(place.resolve())
-    return sys.executable
 
 
 def _own_uid() -> int:

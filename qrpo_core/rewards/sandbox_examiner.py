@@ -4,6 +4,7 @@ What the tests call is a `Remote`: it sends the arguments away and gives back th
 judged process claims. The conversation is with the harness (`code_run`), over standard input and output:
 
     in   L {"setup", "tests", "names", "entry"}   a row's tests          out  D, or E and why not
+    in   I {"names", "load"}                      which modules are absent  out  D {name: why}
     in   T number                                 run one test           out  P, or F and why, or U and why
     in   V reply / X reason                       answer to a question   out  C question
 """
@@ -11,6 +12,8 @@ judged process claims. The conversation is with the harness (`code_run`), over s
 from __future__ import annotations
 
 import builtins
+import importlib
+import importlib.util
 import json
 import sys
 from typing import Any, NoReturn
@@ -172,6 +175,19 @@ class _Row:
         return _failed(conversation.failure) if conversation.failure is not None else b"P"
 
 
+def _absent(names: list[str], load: bool) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            if load:
+                importlib.import_module(name)
+            elif importlib.util.find_spec(name) is None:
+                found[name] = "it is not there"
+        except BaseException as error:
+            found[name] = _described(error)
+    return found
+
+
 def _failed(reason: str) -> bytes:
     return b"F" + reason.encode("utf-8", "replace")
 
@@ -199,5 +215,7 @@ def main() -> None:
                 conversation.send(b"E" + _described(error).encode("utf-8", "replace"))
             else:
                 conversation.send(b"D")
+        elif message[:1] == b"I":
+            conversation.send(b"D" + json.dumps(_absent(**json.loads(message[1:]))).encode("ascii"))
         elif message[:1] == b"T" and row is not None:
             conversation.send(row.run(int(message[1:])))

@@ -8,6 +8,7 @@ import threading
 from functools import lru_cache
 
 from qrpo_core.errors import ConfigError
+from qrpo_core.rewards.code_environment import own_environment
 from qrpo_core.rewards.code_formats import Problem
 from qrpo_core.rewards.code_run import Allowance, Bench
 from qrpo_core.rewards.sandbox import PROCESSES, Mode, SandboxError, modes
@@ -110,7 +111,7 @@ def _found(path: str) -> tuple[Mode | None, str]:
 def try_mode(mode: Mode) -> str | None:
     """None if a sandbox made this way holds, otherwise what it lacks. Takes about 0.1 s."""
     problem = Problem("mbpp", _TESTS, "", "", None, _names(), ())
-    bench = Bench(mode)
+    bench = Bench(mode, own_environment())
     try:
         outcome = bench.judge(problem, _PROGRAM, _ALLOWANCE)
     except (SandboxError, OSError) as error:

@@ -96,6 +96,8 @@ def encode(value: object, classes: Mapping[str, type], keep: Callable[[object], 
             return ["b", item.hex()]
         if kind is type and item in _TYPES.values():
             return ["T", item.__name__]
+        if kind.__module__ == "numpy" and hasattr(item, "dtype") and not hasattr(item, "__len__"):
+            return ref(item.item())  # a scalar: the number that it is
         if id(item) not in seen:
             seen[id(item)] = len(nodes)
             alive.append(item)

@@ -144,8 +144,21 @@ def test_also_within_an_event_loop(server: Server) -> None:
 class TestTriedAgain:
     @pytest.mark.parametrize(
         "fault",
-        [(503, {}, "busy"), (429, {}, "many"), (500, {}, ""), (502, {}, "<html>"), "reset"],
-        ids=["503", "429", "500", "502", "reset"],
+        [
+            *[
+                (503, {}, "busy"),
+                (429, {}, "many"),
+                (500, {}, ""),
+                (502, {}, "<html>"),
+                (409, {}, ""),
+                "reset",
+            ],
+            (200, {}, '{"error": {"message": "overloaded", "code": 502}}'),
+            (200, {}, '{"error": "overloaded"}'),
+            (200, {}, '{"choices": [{"error": {"message": "lost"}, "finish_reason": "error"}]}'),
+            (200, {}, "<html>We are back in a moment</html>"),
+            (200, {}, '{"choices": []}'),
+        ],
     )
     def test_errors_that_pass(self, server: Server, fault: Fault) -> None:
         server.faults = [fault, fault]
@@ -254,11 +267,23 @@ class TestRefused:
         with pytest.raises(EngineError, match=message):
             engine(server).sample(REQUESTS[:1], PARAMS)
 
-    @pytest.mark.parametrize("text", ["<html>", "[1]", '{"choices": []}', "{}"])
-    def test_answers_that_are_none(self, server: Server, text: str) -> None:
-        server.faults = [(200, {}, text)]
-        with pytest.raises(EngineError, match=server.url):
+    @pytest.mark.parametrize(
+        ("text", "asked", "told"),
+        [
+            ("<html>", 3, "HTTP 200 OK: no JSON object: <html>"),
+            ("[1]", 3, "no JSON object"),
+            ('{"choices": []}', 3, "no choices"),
+            ("{}", 1, "no completion in the answer"),
+            ('{"error": {"message": "no such model", "type": "model_not_found"}}', 1, "endpoint.model"),
+            ('{"object": "error", "message": "bad", "code": 400}', 1, "vLLM's server can"),
+        ],
+    )
+    def test_answers_that_are_none(self, server: Server, text: str, asked: int, told: str) -> None:
+        server.faults = [(200, {}, text)] * 9
+        with pytest.raises(EngineError, match=told) as caught:
             engine(server).sample(REQUESTS[:1], PARAMS)
+        assert server.url in str(caught.value)
+        assert len(server.asked) == asked
 
     def test_a_server_that_scores_nothing(self, server: Server) -> None:
         server.change = lambda choice: choice.update(

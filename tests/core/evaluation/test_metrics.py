@@ -58,7 +58,7 @@ def test_every_number_by_hand(side):
     assert (result.after.mean_length, result.after.median_length) == (2.0, 2.0)
     assert (result.before.truncation_rate, result.after.truncation_rate) == (2 / 6, 0.0)
     assert (result.before.completions, result.after.completions) == (6, 6)
-    none = {"timeout": 0, "sandbox_error": 0, "too_long": 0, "endpoint_error": 0}
+    none = {"timeout": 0, "sandbox_error": 0, "too_long": 0, "endpoint_error": 0, "refused": 0}
     assert result.before.not_ok == {**none, "parse_error": 1}
     assert result.after.not_ok == {**none, "parse_error": 3}
     # Log-ratios 1, 3 | 0, 0 | 1, -1: all six count, whatever their reward's status.

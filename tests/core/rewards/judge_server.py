@@ -75,9 +75,7 @@ class Judge:
             thread.join()
 
 
-def said(
-    text: str | None, finish: str = "stop", tokens: list[dict[str, Any]] | None = None, **more: Any
-) -> Reply:
-    """A chat completion. tokens : its log-probs; more : of the message."""
+def said(text: Any, finish: str = "stop", tokens: list[dict[str, Any]] | None = None, **more: Any) -> Reply:
+    """A chat completion. text : or None, or parts; tokens : its log-probs; more : of the message."""
     choice = {"message": {"role": "assistant", "content": text, **more}, "finish_reason": finish}
     return 200, {}, {"choices": [choice | ({"logprobs": {"content": tokens}} if tokens else {})]}

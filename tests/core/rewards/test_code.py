@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from qrpo_core.config import RewardConfig
-from qrpo_core.errors import ConfigError
+from qrpo_core.errors import ConfigError, DataError
 from qrpo_core.rewards.base import RewardRequest, Score
 from qrpo_core.rewards.code import CodeReward
 from qrpo_core.rewards.code_run import Bench
 from qrpo_core.rewards.config import CodeRewardConfig
-from qrpo_core.rewards.registry import make_reward
+from qrpo_core.rewards.registry import make_reward, reward_identity
 from qrpo_core.rewards.sandbox import SandboxError
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -103,10 +103,18 @@ def test_the_reward_is_the_share_of_tests_passed(
 
 
 @needs_bwrap
-def test_no_block_is_a_wrong_answer() -> None:
+def test_no_program_is_a_wrong_answer() -> None:
     reward = make_reward(RewardConfig(kind="code", code=CodeRewardConfig(format="mbpp")))
-    got = reward.score([RewardRequest("p", 0, (), "def f(x): return x * x", SQUARES)])
-    assert got == [Score(0.0, "ok", "no fenced block of Python in the completion")]
+    texts = ["def f(x): return x * x", "I cannot say.", "```sh\nls\n```"]
+    got = reward.score([RewardRequest("p", i, (), text, SQUARES) for i, text in enumerate(texts)])
+    assert [score.reward for score in got] == [1.0, 0.0, 0.0]
+    assert got[1].detail.startswith("no program in the completion")
+
+
+@needs_bwrap
+def test_the_program_is_joined_from_blocks_of_a_completion(score: Any) -> None:
+    draft = "def f(x): return x\n```\nThat is wrong. With\n```python\nfrom operator import mul\n```\n"
+    assert score(draft + "it is\n```python\ndef f(x): return mul(x, x)", SQUARES).reward == 1.0
 
 
 @needs_bwrap
@@ -290,14 +298,114 @@ def test_an_error_while_scoring_leaves_no_thread(score: Any) -> None:
     assert [thread for thread in threading.enumerate() if thread.name.startswith("qrpo-code")] == []
 
 
+NUMPY = "import numpy as np\ndef f(x): return np.int64(x) * x"
+
+
 @needs_bwrap
 def test_packages_are_importable_where_they_are_named(score: Any) -> None:
-    pytest.importorskip("sortedcontainers")
-    program = "from sortedcontainers import SortedList\ndef f(x): return SortedList([x])[0] ** 2"
-    assert "ModuleNotFoundError" in score(program, SQUARES).detail
-    assert score(program, SQUARES, packages=("sortedcontainers",)).reward == 1.0
-    with pytest.raises(ConfigError, match="no_such_package"):
-        score(program, SQUARES, packages=("no_such_package",))
+    got = score(NUMPY, SQUARES)
+    assert (got.reward, got.status) == (None, "refused")  # public judges have it: no wrong answer
+    assert "numpy; to grade it, add it to reward.code.packages" in got.detail
+    inside = "def f(x):\n    import numpy\n    return x * x"
+    assert score(inside, SQUARES).status == "refused"
+    assert score(NUMPY, SQUARES, packages=("numpy",)).reward == 1.0
+    assert score("import yaml\n" + NUMPY, SQUARES, packages=("numpy",)).reward == 0.0
+    with pytest.raises(ConfigError, match=r"no_such_package.*pip install"):
+        score(NUMPY, SQUARES, packages=("numpy", "no_such_package"))
+    tests = mbpp("import numpy as np\nassert np.allclose(f(2), 4)", "assert type(f(2)) == int")
+    assert score("def f(x): return x * x", tests, packages=("numpy",)).reward == 1.0
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import no_such_module\ndef f(x): return x * x",
+        # What it says is not believed: it imports nothing that is absent.
+        "raise ModuleNotFoundError(\"No module named 'numpy'\")",
+        "try:\n    import numpy\nexcept ImportError:\n    pass\ndef f(x): return x",
+    ],
+)
+def test_a_program_that_imports_what_no_judge_has_is_wrong(score: Any, program: str) -> None:
+    got = score(program, SQUARES)
+    assert (got.reward, got.status) == (0.0, "ok")
+    assert score("# import numpy\n" + program, SQUARES).reward == 0.0
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        (mbpp("import numpy as np\nassert np.allclose(f(2), 4)"), "import numpy, which programs cannot"),
+        (mbpp("assert f(2) == 4", test_imports=["import tabulate, numpy"]), "import numpy, tabulate, which"),
+        (mbpp("assert f(2) == 4", code="import pandas\ndef f(x): return x"), "import pandas"),
+        (
+            mbpp("assert f(2) == 4", test_imports=["from math import no_such_name"]),
+            "setup failed: ImportError",
+        ),
+        (mbpp("assert f(2) == 4", test_imports=["from heapq import merge"]), None),
+    ],
+)
+def test_what_a_reference_lacks_is_an_error_of_the_data_set(reference: str, says: str | None) -> None:
+    reward = CodeReward(CodeRewardConfig(format="mbpp"))
+    if says is None:
+        reward.check([("p0", SQUARES), ("p1", reference), ("p2", reference)])
+        return
+    with pytest.raises(DataError, match=f"prompt p1.*{says}"):
+        reward.check([("p0", SQUARES), ("p1", reference)])
+
+
+def environment(folder: Path, **packages: str) -> str:
+    """A virtual environment with packages that state their version, and one that requires the others."""
+    import venv
+
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name, version in {**packages, "whole": "9"}.items():
+        source = f"version = {version!r}\n" if name != "whole" else "".join(f"import {p}\n" for p in packages)
+        (site / f"{name}.py").write_text(source)
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir()
+        requires = "".join(f"Requires-Dist: {other}>=1\n" for other in packages if name == "whole")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
+        (info / "RECORD").write_text(f"{name}.py,,\n{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+    return str(folder)
+
+
+@needs_bwrap
+def test_packages_of_another_environment_and_their_versions(score: Any, tmp_path: Path) -> None:
+    first, second = (environment(tmp_path / v, greeter=v) for v in ("1.5", "2.0"))
+    program = "import greeter\ndef f(x): return greeter.version"
+    reference = mbpp(
+        "assert f(1) == '1.5'", "assert f(1) == '2.0'", "import greeter\nassert f(1) == greeter.version"
+    )
+    for python in (first, f"{first}/bin/python"):
+        assert score(program, reference, python=python, packages=("greeter",)).reward == 2 / 3
+    # What a package requires comes with it.
+    assert score(program, reference, python=first, packages=("whole",)).reward == 2 / 3
+
+    def identity(python: str | None, *packages: str) -> dict[str, Any]:
+        code = {"format": "mbpp", "python": python, "packages": packages}
+        return reward_identity(RewardConfig(kind="code", code=code))
+
+    assert identity(first, "greeter") == identity(f"{first}/bin/python", "greeter")
+    assert identity(first, "greeter") != identity(second, "greeter")
+    assert identity(first, "whole")["identities"]["reward"]["greeter"] == "1.5"
+    assert "identities" not in identity(None)
+    with pytest.raises(ConfigError, match=r"reward.code.packages.*pip install numpy"):
+        identity(first, "numpy")
+    with pytest.raises(ConfigError, match=r"no interpreter of Python.*reward.code.python"):
+        identity(str(tmp_path))
+
+
+@needs_bwrap
+def test_a_package_that_does_not_load_is_told_before_a_row(tmp_path: Path) -> None:
+    python = environment(tmp_path / "env", greeter="1.5")
+    (site,) = Path(python).glob("lib/python*/site-packages")
+    (site / "greeter.py").write_text("raise RuntimeError('no licence')")
+    config = CodeRewardConfig(format="mbpp", python=python, packages=("greeter",))
+    with pytest.raises(ConfigError, match=r"'greeter' cannot be imported in the sandbox.*no licence"):
+        CodeReward(config).check([])
 
 
 def test_without_a_sandbox_nothing_runs_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

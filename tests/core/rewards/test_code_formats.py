@@ -10,7 +10,7 @@ import pytest
 from qrpo_core.errors import DataError
 from qrpo_core.rewards.base import refuse
 from qrpo_core.rewards.code import CodeReward
-from qrpo_core.rewards.code_formats import first_block, read_problem
+from qrpo_core.rewards.code_formats import read_problem
 from qrpo_core.rewards.config import CodeRewardConfig
 
 
@@ -26,29 +26,6 @@ SQUARES = mbpp("assert f(2) == 4", "assert f(3) == 9", "assert f(-1) == 1")
 
 
 @pytest.mark.parametrize(
-    ("text", "block"),
-    [
-        ("```python\nx = 1\n```", "x = 1\n"),
-        ("a\n```\nx\n```\n```python\ny\n```", "x\n"),
-        ("```Python3\r\nx\r\n```", "x\r\n"),
-        ("```py\n\n```", "\n"),
-        ("  ```python\n  x\n  ```", "  x\n"),
-        ("```bash\nls\n```\n\n```python\nx\n```", "x\n"),
-        ("```bash\nls\n```\n", None),
-        ("```python\nx = '```'\ny\n```", "x = '```'\ny\n"),
-        ("```python\nx = 1\n", None),
-        ("~~~python\nx\n```\ny\n~~~", "x\n```\ny\n"),
-        ("````python\n```\nx\n```\n````", "```\nx\n```\n"),
-        ("`code`\n```json\n{}\n```\n```\nx\n```", "x\n"),
-        ("text `x` only", None),
-        ("", None),
-    ],
-)
-def test_the_first_fenced_block_is_the_program(text: str, block: str | None) -> None:
-    assert first_block(text) == block
-
-
-@pytest.mark.parametrize(
     ("form", "reference", "says"),
     [
         ("mbpp", "[", "JSON object"),
@@ -61,7 +38,11 @@ def test_the_first_fenced_block_is_the_program(text: str, block: str | None) -> 
         ("mbpp", mbpp("assert sorted([1]) == list([1])"), "no function"),
         ("leetcode", SQUARES, "prompt, entry_point, test"),
         ("leetcode", leetcode("def check(candidate): pass"), "asserts nothing"),
-        ("leetcode", leetcode("def check(f):\n    assert f(1)"), r"check\(candidate\)"),
+        ("leetcode", leetcode("def check(f, g):\n    assert f(1)"), r"check\(candidate\)"),
+        ("leetcode", leetcode("def test_a(client):\n    assert f(1)"), "test_a takes arguments"),
+        ("mbpp", '{"test": "x = 1"}', "no function test_"),
+        ("mbpp", '{"test": "from solution import f as g\\ndef test_a(): assert g(1)"}', "another name"),
+        ("mbpp", '{"input_output": "{}"}', "standard input and output are not run"),
         ("leetcode", leetcode("assert candidate(1)"), r"check\(candidate\)"),
         ("leetcode", leetcode("def check(candidate):\n    return\n    assert candidate(1)"), "one by one"),
         ("humaneval", leetcode("def check(candidate):\n    assert candidate(1", ""), "as Python"),
@@ -99,6 +80,51 @@ def test_each_assert_is_a_test_with_what_stands_before_it() -> None:
     )
     assert "def twice" in problem.examiner_setup
     assert "twice" not in problem.judged_setup
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "tests"),
+    [
+        ("humaneval", {"test": "def check(f):\n    assert f(1) == 1"}, ["f = candidate\nassert f(1) == 1"]),
+        (
+            "humaneval",  # as in EvalPlus: the assert stands in a function of the test
+            {
+                "test": "def near(a, b): return a == b\ndef same(a, b):\n    assert near(a, b)\n"
+                "def also(a, b): same(a, b)\n"
+                "def check(candidate):\n    pairs = [(1, 1)]\n    for a, b in pairs: also(candidate(a), b)\n"
+            },
+            ["pairs = [(1, 1)]\nfor a, b in pairs:\n    also(candidate(a), b)"],
+        ),
+        (
+            "humaneval",
+            {
+                "test": "import unittest\nclass T(unittest.TestCase):\n"
+                "    def setUp(self): self.x = 1\n    def test_a(self): self.assertEqual(add(self.x), 1)\n"
+            },
+            ["T('test_a').debug()"],
+        ),
+        ("mbpp", {"test": "from solution import add\ndef test_a():\n    assert add(1) == 1"}, ["test_a()"]),
+        ("mbpp", {"test_cases": ["assert add(1) == 1"]}, ["\nassert add(1) == 1"]),
+        ("mbpp", {"test_list": '["assert add(1) == 1"]', "test_setup_code": None}, ["\nassert add(1) == 1"]),
+    ],
+)
+def test_forms_of_tests(form: Any, row: dict[str, Any], tests: list[str]) -> None:
+    problem = read_problem(json.dumps({"prompt": "", "entry_point": "add", **row}), form)
+    assert list(problem.tests) == tests
+    assert problem.wanted == ("add",)
+
+
+@pytest.mark.parametrize(
+    ("reference", "modules"),
+    [
+        (mbpp("import numpy.linalg as l\nassert f(1)", test_imports=["from a.b import c"]), ("a", "numpy")),
+        (mbpp("try:\n    import numpy\nexcept ImportError:\n    import cupy\nassert f(1)"), ("cupy",)),
+        (mbpp("def g():\n    from pandas import NA\nassert f(1)", code="import heapq"), ("heapq", "pandas")),
+        (mbpp("assert f(1)", code="  import x"), ()),  # no Python: the body of a function
+    ],
+)
+def test_the_modules_that_a_reference_needs(reference: str, modules: tuple[str, ...]) -> None:
+    assert read_problem(reference, "mbpp").imports == modules
 
 
 def test_builtins_and_modules_in_tests_are_never_the_programs() -> None:

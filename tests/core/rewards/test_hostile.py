@@ -62,8 +62,8 @@ def gone() -> list[str]:
     return left_over()
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+@pytest.fixture(scope="module", params=[(), ("numpy",)], ids=["library", "packages"])
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     outside = tmp_path_factory.mktemp("outside")
     answer = secrets.randbelow(10**15) + 10**14
     (outside / "secret").write_text(str(answer))
@@ -97,7 +97,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     )
     reward = CodeReward(
         CodeRewardConfig(
-            format="mbpp", seconds_per_test=1.0, seconds_per_program=3.0, memory_mb=MEMORY_MB, processes=1
+            format="mbpp",
+            seconds_per_test=1.0,
+            seconds_per_program=3.0,
+            memory_mb=MEMORY_MB,
+            processes=1,
+            packages=request.param,
         )
     )
 

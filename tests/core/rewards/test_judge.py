@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import math
 import re
 import socket
@@ -15,7 +16,7 @@ from qrpo_core.config import RewardConfig
 from qrpo_core.errors import ConfigError, DataError, EngineError
 from qrpo_core.http import retry_after, shown
 from qrpo_core.rewards import judge as judge_module
-from qrpo_core.rewards.base import RewardRequest, Score
+from qrpo_core.rewards.base import RewardRequest, Score, clip
 from qrpo_core.rewards.config import JudgeRewardConfig
 from qrpo_core.rewards.judge import JudgeReward
 from qrpo_core.rewards.registry import reward_identity
@@ -54,6 +55,13 @@ def test_a_section_that_cannot_be_meant(settings: dict[str, Any], message: str) 
 def test_scales_that_cannot_be_meant() -> None:
     with pytest.raises(ValueError, match="highest 3 is not above"):
         JudgeRewardConfig(url="http://h", model="j", template="x", lowest=3, highest=3)
+    for settings, message in [
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "one limit under two names"),
+        ({"extra_body": {"n": 3}}, "extra_body.n is sent already"),
+        ({"pattern": "("}, "is no regular expression"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            JudgeRewardConfig(url="http://h", model="j", template="x", **settings)
     with pytest.raises(ValueError, match="a sign is a token of its own"):
         JudgeRewardConfig(url="http://h", model="j", template="x", lowest=-3)
 
@@ -106,6 +114,23 @@ def test_what_is_sent() -> None:
         made.close()
 
 
+def test_what_is_sent_to_models_with_other_names_for_their_limits() -> None:
+    with Judge(lambda body, turn: said("4", tokens=TOKENS)).running() as server:
+        made = judge(
+            server.url,
+            expected=True,
+            max_completion_tokens=900,
+            temperature=None,
+            top_logprobs=5,
+            extra_body={"reasoning_effort": "low"},
+        )
+        made.score([row("a")])
+        body = server.asked[0][3]
+        assert body["max_completion_tokens"] == 900
+        assert (body["top_logprobs"], body["reasoning_effort"]) == (5, "low")
+        assert not {"max_tokens", "temperature"} & body.keys()
+
+
 def test_template_variables_and_references() -> None:
     with Judge(lambda body, turn: said("4")).running() as server:
         template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
@@ -130,9 +155,12 @@ def test_template_variables_and_references() -> None:
         (said("It is good"), "no integer in the answer 'It is good'"),
         (said("12"), "12 is outside the scale 1 to 9"),
         (said("1", finish="length"), "cut"),
-        (said(None, refusal="I cannot"), "empty answer: I cannot"),
+        (said("On a scale of 9 I would", finish="length"), "cut"),
+        (said(None), "empty answer"),
+        (said(None, finish="length", reasoning_content="2 faults"), "thinking filled the limit"),
         (said(""), "empty answer"),
-        ((200, {}, {"choices": []}), "another form"),
+        ((200, {}, {"choices": [{"text": "7"}]}), "another form"),
+        ((200, {}, {"choices": [{"message": {"role": "assistant"}}]}), "empty answer"),
         (said("x" * 5000), "no integer"),
     ],
 )
@@ -142,6 +170,31 @@ def test_answers_that_give_no_score(reply: Reply, reason: str) -> None:
         assert score.status == "parse_error"
         assert reason in score.detail
         assert len(score.detail) <= 300
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        said("7", reasoning_content="2 faults, so 6?"),
+        said(
+            [
+                {"type": "thinking", "text": "3"},
+                {"type": "text", "text": "Score: "},
+                {"type": "text", "text": "7"},
+            ]
+        ),
+        said("Score: 7\nBecause the answer", finish="length"),
+    ],
+)
+def test_answers_in_other_forms(reply: Reply) -> None:
+    with Judge(lambda body, turn: reply).running() as server:
+        assert judge(server.url).score([row("a")]) == [Score(7.0)]
+
+
+def test_a_pattern_is_part_of_the_question() -> None:
+    with Judge(lambda body, turn: said("2 faults; mark A7 of 8")).running() as server:
+        assert judge(server.url).score([row("a")])[0].status == "parse_error"
+        assert judge(server.url, pattern=r"A(\d)").score([row("a")]) == [Score(7.0)]
 
 
 def test_expected_score_over_the_wire() -> None:
@@ -186,7 +239,7 @@ def test_faults_that_pass_are_tried_again() -> None:
         assert server.asked[1][0] - started >= 1.0  # Retry-After
 
 
-@pytest.mark.parametrize("status", [429, 500, 503, 408])
+@pytest.mark.parametrize("status", [429, 500, 503, 529, 408, 409])
 def test_faults_that_stay_are_a_status_of_the_row(status: int) -> None:
     with Judge(lambda body, turn: (status, {}, "busy")).running() as server:
         (score,) = judge(server.url, retry_seconds=1).score([row("a")])
@@ -202,7 +255,14 @@ def test_a_wait_longer_than_the_time_left_is_not_waited() -> None:
         assert time.monotonic() - started < 60
         assert len(server.asked) == 1
     assert 3500 < retry_after(later) <= 3600
-    assert [retry_after(value) for value in (None, "7", "soon", "-1")] == [0, 7, 0, 0]
+    assert [retry_after(value) for value in (None, "7", "1.5", "soon", "-1", "\u00b2")] == [
+        0,
+        7,
+        1.5,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_time_outs_and_closed_ports_are_endpoint_errors() -> None:
@@ -231,7 +291,9 @@ def test_a_judge_that_is_away_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 301])
-def test_refusals_end_the_run_at_once_and_keep_the_key(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_of_everything_end_the_run_at_once_and_keep_the_key(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("JUDGE_KEY", "very-secret")
 
     def answer(body: dict[str, Any], turn: int) -> Reply:
@@ -252,23 +314,105 @@ def test_refusals_end_the_run_at_once_and_keep_the_key(status: int, monkeypatch:
         assert ("JUDGE_KEY" in message) == (status in (401, 403))
 
 
-def test_refusals_of_a_row_are_its_status() -> None:
-    long = {"error": {"message": "This model's maximum context length is 512 tokens", "code": 400}}
-    longer = {"error": {"message": "too big", "code": "context_length_exceeded"}}
-    filtered = {"error": {"message": "no", "code": "content_filter"}}
-    replies: list[Reply] = [(400, {}, long), (400, {}, longer), (413, {}, ""), (400, {}, filtered)]
-    with Judge(lambda body, turn: replies[int(completion(body))]).running() as server:
-        found = judge(server.url).score([row(str(i), i) for i in range(4)])
-        assert [score.status for score in found] == ["too_long", "too_long", "too_long", "parse_error"]
-        assert "maximum context length is 512" in found[0].detail
+def error(status: int, message: str, code: Any = None) -> Reply:
+    return status, {}, {"error": {"message": message, "code": code}}
 
 
-def test_a_reply_that_is_not_json_is_refused() -> None:
-    with (
-        Judge(lambda body, turn: (200, {}, "<html>")).running() as server,
-        pytest.raises(EngineError, match="<html>"),
-    ):
-        judge(server.url).score([row("a")])
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [
+        (error(400, "This model's maximum context length is 512 tokens", 400), "too_long"),
+        (error(400, "too big", "context_length_exceeded"), "too_long"),
+        ((400, {}, {"detail": "Input is too long for requested model: 9000 tokens > 8192"}), "too_long"),
+        (error(400, "prompt is too long: 210000 tokens > 200000 maximum"), "too_long"),
+        (error(422, "The request exceeds the limit of 8192 input tokens"), "too_long"),
+        ((413, {}, ""), "too_long"),
+        (error(400, "no", "content_filter"), "refused"),
+        (error(403, "Your input was flagged by moderation", 403), "refused"),
+        (error(400, "The text holds a character that cannot be read"), "refused"),
+        (error(422, "unprocessable"), "refused"),
+        (error(404, "No endpoints that allow this input"), "refused"),
+        (error(200, "flagged", 403), "refused"),
+        ((200, {}, {"choices": [], "error": {"type": "invalid_request_error", "message": "x"}}), "refused"),
+        (said("I rate it", finish="content_filter"), "refused"),
+        (said(None, refusal="I cannot"), "refused"),
+    ],
+)
+def test_a_refusal_of_one_row_is_its_status(reply: Reply, status: str) -> None:
+    def answer(body: dict[str, Any], turn: int) -> Reply:
+        return reply if "Answer: bad" in body["messages"][-1]["content"] else said("4")
+
+    with Judge(answer).running() as server:
+        # Also where it is the first row that is asked: another question shows whose fault it is.
+        found = judge(server.url, concurrency=1).score([row("bad"), row("good", 1), row("bad", 2)])
+        assert [score.status for score in found] == [status, "ok", status]
+        assert found[0].detail
+
+
+def test_whose_fault_a_refusal_was_may_stay_open() -> None:
+    def answer(body: dict[str, Any], turn: int) -> Reply:
+        return error(403, "no") if turn == 1 else (503, {}, "away")
+
+    with Judge(answer).running() as server:
+        (score,) = judge(server.url).score([row("a")])
+        assert score == Score(
+            None,
+            "endpoint_error",
+            clip(f"status 403: {json.dumps(error(403, 'no')[2])}; then status 503: away"),
+        )
+
+
+def choice_error(code: int) -> Reply:
+    inside = {
+        "message": {"content": ""},
+        "finish_reason": "error",
+        "error": {"message": "lost", "code": code},
+    }
+    return 200, {}, {"choices": [inside]}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        error(200, "Rate limit exceeded", 429),
+        error(200, "Provider overloaded", "502"),
+        (200, {}, {"error": "overloaded"}),
+        (200, {}, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}),
+        (200, {}, {"object": "error", "message": "no worker", "code": 503}),
+        choice_error(502),
+        (200, {}, {"choices": []}),
+        (200, {}, {"choices": None}),
+        (200, {}, "<html>We are back in a moment</html>"),
+        (200, {}, ""),
+        (502, {}, "<html>Bad gateway</html>"),
+        (529, {}, {}),
+        (409, {}, {}),
+        (429, {"retry-after": "Sat, 28 Nov 2020 00:00:00 GMT"}, {}),
+    ],
+)
+def test_errors_that_pass_are_tried_again_also_inside_an_answer(reply: Reply) -> None:
+    with Judge(lambda body, turn: reply if turn == 1 else said("4")).running() as server:
+        assert judge(server.url, retry_seconds=60).score([row("a")]) == [Score(4.0)]
+        assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "asked", "told"),
+    [
+        ((200, {}, "<html>login</html>"), 3, "status 200: no JSON object: <html>login</html>"),
+        ((200, {}, ""), 3, "status 200: no JSON object:"),
+        ((200, {}, {"choices": []}), 3, "status 200: no choices"),
+        (error(429, "You exceeded your current quota", "insufficient_quota"), 1, "current quota"),
+        (error(200, "You exceeded your current quota", "insufficient_quota"), 1, "current quota"),
+        (error(402, "Insufficient credits"), 1, "Insufficient credits"),
+    ],
+)
+def test_what_no_waiting_mends_is_not_waited_for(reply: Reply, asked: int, told: str) -> None:
+    with Judge(lambda body, turn: reply).running() as server:
+        (score,) = judge(server.url, retry_seconds=600).score([row("a")])
+        assert score.status == "endpoint_error"
+        assert told in score.detail
+        assert len(server.asked) == asked
 
 
 def test_the_rate_limit_spreads_requests() -> None:

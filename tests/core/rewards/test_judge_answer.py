@@ -24,12 +24,36 @@ from qrpo_core.rewards.judge_answer import Unreadable, expected, written
         ("5 ... yes, 5", 5),
         ("07", 7),
         ("I rate GPT4o a 2", 2),
+        ("7.0", 7),
+        ("from 1 to 10, a 7", 7),
+        ("Rate from 1 (useless) to 10 (perfect): 7", 7),
+        ("\uff17", 7),
+        ("\u0667", 7),
+        ("7\n7", 7),
+        ('"7"', 7),
+        ("#7", 7),
+        ("$7$", 7),
+        ("7,", 7),
+        ("7 /10", 7),
+        ("Rating=7", 7),
+        ("<think>\nTwo faults, so 6 or 8?\n</think>\n\n7", 7),
+        ("two faults, so 6 or 8?\n</think>7", 7),
+        ("[THINK]6[/THINK] **7**", 7),
+        ("1. Accuracy: good\n2. Style: good\nScore: 7", 7),
+        ("Helpfulness 8, honesty 6. Overall: 7", 7),
+        ("Score: 8 for style.\nFinal score (1-10): **7** / 10", 7),
+        ("It has 3 errors.\n\nFinal rating: 7", 7),
+        ('{"faults": 2, "score": 7, "reason": "2 faults"}', 7),
+        ("It has 2 faults. <score>7</score>", 7),
+        ("2 faults, \\boxed{7}", 7),
+        ("2 faults: [[7]]", 7),
+        ("3 of 4 claims hold. My rating is 7.", 7),
     ],
 )
 def test_written_score(text: str, value: int) -> None:
     score = written(text, 1, 10)
     assert score.value == value
-    assert int(text[score.start : score.end]) == value
+    assert int(text[score.start : score.end]) == value  # places are those of the text, thinking included
 
 
 @pytest.mark.parametrize(
@@ -44,7 +68,19 @@ def test_written_score(text: str, value: int) -> None:
         ("0", "outside the scale"),
         ("-7", "outside the scale"),
         ("7/8", "several"),
-        ("from 1 to 10, a 7", "several"),
+        ("7th", "no integer"),
+        ("seven", "no integer"),
+        ("6-7", "no integer"),
+        ("between 1 and 10", "no integer"),
+        ("<think>\nThe answer has 2", "thinking does not end"),
+        ("<think>3</think>", "no integer"),
+        ("Score: 7\nScore: 8", "several"),
+        ("Style score: 7, rigour score: 8", "several"),
+        ("Helpfulness: 8\nHonesty: 6", "several"),
+        ("Score: 7 or 8", "several"),
+        ("Score: 7/8", "several"),
+        ("Overall: 7.5", "no integer"),
+        ("The maximum score is 10. I give 7", "several"),
         ("7 or 8", "several"),
         ("9" * 30, "outside"),
     ],
@@ -54,11 +90,53 @@ def test_what_is_no_score(text: str, reason: str) -> None:
         written(text, 1, 10)
 
 
-def test_an_answer_that_was_cut_behind_its_number() -> None:
-    assert written("1", 1, 10).value == 1
-    assert written("1.", 1, 10, cut=True).value == 1
-    with pytest.raises(Unreadable, match="cut"):
-        written("1", 1, 10, cut=True)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Score: 7\nBecause the answer",
+        "Score: 7. Because",
+        '{"score": 7, "reason": "It is',
+        "[[7]] since",
+        "Overall: 7/9.\nIt",
+    ],
+)
+def test_a_statement_before_the_cut_counts(text: str) -> None:
+    assert written(text, 1, 9, cut=True).value == 7
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "7",
+        "7.",
+        "On a scale of 9 I would",
+        "It has 3 faults, and",
+        "Score: 7",
+        "Score: 7.",
+        "Score: 7 out",
+        '{"score": 1',
+    ],
+)
+def test_a_cut_answer_states_no_score_elsewhere(text: str) -> None:
+    with pytest.raises(Unreadable, match="cut before it states a score"):
+        written(text, 1, 9, cut=True)
+
+
+def test_a_pattern_finds_the_score() -> None:
+    assert written("2 faults, grade A7, then B8", 1, 9, pattern=r"[A-Z](\d)").value == 8
+    found = written("x=3 y=7", 1, 9, pattern=r"x=(\d) y=(?P<score>\d)")
+    assert (found.value, found.start, found.end) == (7, 6, 7)
+    assert written("<think>r: 3</think>r: 5", 1, 9, pattern=r"(?<=r: )\d").value == 5
+    for text, reason in [
+        ("no such thing", "no match of the pattern"),
+        ("r: 12", "outside the scale"),
+        ("r: 7/8", "several"),
+        ("r: 7.5", "no integer"),
+    ]:
+        with pytest.raises(Unreadable, match=reason):
+            written(text, 1, 9, pattern=r"r: ([\d.]+)")
+    with pytest.raises(Unreadable, match="cut before"):
+        written("r: 1", 1, 9, cut=True, pattern=r"r: (\d)")
 
 
 def token(text: str, **chances: float) -> dict[str, Any]:
@@ -129,3 +207,12 @@ def test_tokens_are_aligned_by_bytes() -> None:
         {"token": "\ufffd", "bytes": list(split[2:]), "logprob": -0.1},
     ]
     assert golden("\u4e2d3", [*pieces, token("3", d3=1.0)], 1, 5) == 3
+
+
+def test_tokens_of_the_thinking_may_stand_before_the_answer() -> None:
+    # A server that takes the thinking out of the text may leave its tokens among the log-probs.
+    tokens = [token("7", d7=1.0), token("</think>", **{"</think>": 1.0}), token("7", d7=0.5, d5=0.5)]
+    assert golden("7", tokens, 1, 9) == 6
+    tokens[0] = token("2", d2=1.0)
+    assert golden("2</think>7", tokens, 1, 9) == 6
+    assert golden("\uff17", [token("\uff17", **{"\uff17": 0.75, "3": 0.25})], 1, 9) == 6

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from qrpo_core import doctor
 from qrpo_core.errors import ConfigError
 from qrpo_core.rewards import sandbox_probe
+from qrpo_core.rewards.code_environment import own_environment
 from qrpo_core.rewards.sandbox import Limits, Sandbox, modes
 from qrpo_core.rewards.sandbox_channel import Broken, Channel, Ended, Late
 from qrpo_core.rewards.sandbox_probe import find_mode
@@ -276,7 +277,7 @@ def test_the_doctor_finds_all_well() -> None:
 
 @needs_bwrap
 def test_killed_from_another_thread_it_ends_the_wait() -> None:
-    sandbox = Sandbox("judged", modes()[0], Limits(10, 512 << 20))
+    sandbox = Sandbox("judged", modes()[0], Limits(10, 512 << 20), own_environment())
     sandbox.wait()
     threading.Timer(0.2, sandbox.kill).start()
     with pytest.raises(Ended):
