@@ -142,6 +142,11 @@ class GivenRewards:
     def recipe(self) -> Recipe:
         return Recipe("given_rewards", OFFLINE_VERSION, {}, {})
 
+    @property
+    def unsettled(self) -> str:
+        """None of them changes."""
+        return ""
+
     def read(self) -> pa.Table:
         """REWARDS rows; a completion without a grade has status parse_error."""
         # A completion stands once for each of its pairs, with one reward.
@@ -172,6 +177,11 @@ class Unscored:
     @property
     def recipe(self) -> Recipe:
         return Recipe("unscored", UNSCORED_VERSION, {}, {})
+
+    @property
+    def unsettled(self) -> str:
+        """There is none."""
+        return ""
 
     def read(self) -> pa.Table:
         """No REWARDS row."""
