@@ -107,7 +107,7 @@ class PythonReward:
         frames = traceback.extract_tb(None if error is None else error.__traceback__)
         place = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         return ConfigError(
-            f"it raised on every one of {rows} rows ({clip(f'{type(error).__name__}: {error}')})",
+            f"the function fails on each of the first {rows} rows: {clip(f'{type(error).__name__}: {error}')}",
             where=f"reward.python.function {self._config.function!r}{place}",
             remedy="mend the function: it gets a list of rows and returns one number a row (docs/rewards.md)",
         )
