@@ -46,12 +46,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
+    from flows.told import told
     from qrpo_core.plan import plan
     from qrpo_core.preflight import check
     from qrpo_core.show import plan_lines
 
     workspace = _workspace(options)
-    check(workspace)
+    check(workspace, told("checked", "prompts"))
     _print(plan_lines(plan(workspace), workspace.objects.url))
     return 0
 

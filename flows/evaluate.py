@@ -21,6 +21,7 @@ def evaluate(experiment: Experiment) -> list[Stage]:
     chain = stored_chain(workspace)
     end = chain.after(chain.last())
     stages = [fill(workspace, step) for step in (*chain.before, *end.after, *end.divergence)]
+    end = chain.after(end.round)  # named by what the rewards have become
     stages.append(make(workspace, "evaluate", end.evaluate, lambda: evaluation.build(workspace, chain, end)))
     stages.append(
         make(workspace, "report", end.report, lambda: evaluation.build_report(workspace, chain, end))

@@ -12,7 +12,7 @@ from qrpo_core.steps.chain import stored_chain
 from tasks.events import PRECOMPUTED, tell
 from tasks.names import run_name
 from tasks.pool import compute_on
-from tasks.rounds import prepare
+from tasks.rounds import check_rows, prepare
 from tasks.stages import Stage, make, workspace_of
 from tasks.tables import publish_plan, publish_stages
 
@@ -40,6 +40,7 @@ def precompute(
         stages.append(make(workspace, "convert model", recipe, lambda: policies.convert(workspace, source)))
     recipe = prompts.recipe(workspace)
     stages.append(make(workspace, "prompts", recipe, lambda: prompts.build(workspace, recipe)))
+    stages.append(check_rows(workspace, recipe))
     with compute_on(pool) as compute:
         stages += prepare(workspace, stored_chain(workspace).first, compute)
     publish_stages(stages)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from flows.server import PrefectServer, prefect_server, quiet_console
+from flows.told import told
 from qrpo_core.config import Experiment
 from qrpo_core.preflight import check
 from qrpo_core.steps.workspace import Workspace
@@ -16,7 +17,7 @@ from qrpo_core.steps.workspace import Workspace
 
 def run(experiment: Experiment, name: str) -> int:
     """Run the flow `name` for an experiment; returns the exit status. Raises QRPOError for bad input."""
-    check(Workspace(experiment))
+    check(Workspace(experiment), told("checked", "prompts"))
     # The server and the model share the cores: threads that spin while they wait would starve both.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     quiet_console()

@@ -38,4 +38,4 @@ def next_round(experiment: Experiment, number: int) -> list[Stage]:
     """Sample from the policy so far, score, rank among the fixed references, train on."""
     workspace = workspace_of(experiment)
     round_ = stored_chain(workspace).round(number)
-    return [*prepare(workspace, round_), fit(workspace, round_)]
+    return [*prepare(workspace, round_), fit(workspace, round_.renamed())]

@@ -29,7 +29,13 @@ def load_experiment(path: Path | str, overrides: list[str] | None = None) -> Exp
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read experiment {str(path)!r}: {error}") from None
     try:
-        data = yaml.safe_load(text)
+        data = _yaml(text)
+    except _Repeated as error:
+        raise ConfigError(
+            f"key {error.key!r} stands twice: first in line {error.first}",
+            where=f"{path}:{error.second}",
+            remedy="keep one of the two, or put what is below them together",
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"not YAML: {error}", where=str(path), remedy="mend the syntax") from None
     if not isinstance(data, dict):
@@ -51,13 +57,47 @@ def parse_experiment(data: dict[str, Any], where: str = "experiment") -> Experim
         raise _explain(error, where) from None
 
 
+class _Repeated(yaml.YAMLError):
+    """A key that a mapping has twice. first, second : its lines, from 1."""
+
+    def __init__(self, key: str, first: int, second: int) -> None:
+        super().__init__(f"key {key!r} stands twice")
+        self.key, self.first, self.second = key, first, second
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without repeated keys. What `<<` merges in may be overridden, as YAML means it."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """The mapping as it is written, before anything is merged into it."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _Repeated(key.value, lines[name], line)
+            lines[name] = line
+        return node
+
+
+def _yaml(text: str) -> Any:
+    """The value of one YAML document; YAMLError if it is none, _Repeated for a key that stands twice."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
         raise ConfigError(f"cannot read --set {override!r}", remedy="write it as section.field=value")
     try:
-        value = yaml.safe_load(text)
+        value = _yaml(text)
+    except _Repeated as error:
+        raise ConfigError(
+            f"key {error.key!r} stands twice", where=f"--set {override}", remedy="keep one of the two"
+        ) from None
     except yaml.YAMLError:
         raise ConfigError(f"the value of --set {override!r} is not YAML", remedy="quote it") from None
     if isinstance(value, str):

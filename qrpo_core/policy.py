@@ -52,6 +52,7 @@ POLICY_FILES = (
     "merges.txt",
     "*.py",
 )
+_SETTINGS_FILES = tuple(name for name in POLICY_FILES if name not in WEIGHT_FILES)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 #: A file changed this recently is hashed again next time: its times may not show another change at once.
@@ -90,6 +91,16 @@ class ModelSource:
         _check_directory(folder, self.location)
         return folder
 
+    @property
+    def settings(self) -> Path:
+        """Where its tokenizer, template and settings lie: for a hub model no weights are downloaded.
+
+        Raises ModelError for a GGUF file, whose tokenizer is there once it is converted.
+        """
+        if self.kind != "hub":
+            return self.directory
+        return _snapshot(self.location, self.identity["commit"], _SETTINGS_FILES)
+
 
 def resolve_model(config: ModelConfig) -> ModelSource:
     """Find what `config.path` names and check, without loading weights, that it can be a policy.
@@ -111,7 +122,7 @@ def resolve_model(config: ModelConfig) -> ModelSource:
         raise ModelError(f"model.path {path!r} is a file", remedy="give its directory, or a .gguf file")
     if not _HUB_ID.fullmatch(path):
         raise ModelError(f"no model directory {path!r}", remedy="give a directory, a .gguf file or a hub id")
-    folder = _snapshot(path, config.revision, [name for name in POLICY_FILES if name not in WEIGHT_FILES])
+    folder = _snapshot(path, config.revision, _SETTINGS_FILES)
     _check_directory(folder, path, weights=False)
     return ModelSource("hub", path, {"kind": "hub", "repository": path, "commit": folder.name})
 

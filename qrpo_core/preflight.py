@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from qrpo_core.config import Experiment
+from qrpo_core.engines.base import Progress, no_progress
 from qrpo_core.engines.registry import require
 from qrpo_core.errors import ConfigError, DataError
-from qrpo_core.rewards.registry import refuse_references
-from qrpo_core.steps import policies, prompts
+from qrpo_core.steps import policies, prompts, usable
 from qrpo_core.steps.ranked import fewest_references
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.train.lora import require_peft
 
 
-def check(workspace: Workspace) -> None:
+def check(workspace: Workspace, progress: Progress = no_progress) -> None:
     """Raise the error that the run would meet; return if there is none that is cheap to find.
 
-    Looks at the model's files (not its weights), reads the prompt source unless the store has it
-    already, and sees that the reward has what it checks against.
+    Looks at the model's files (not its weights), reads the prompt source unless the store has it already,
+    and unless the store knows it sees that every prompt and completion can be used (`steps.usable`), of
+    which `progress` counts the prompts.
     """
     _check_budget(workspace.experiment)
     require(workspace.experiment)
     if workspace.experiment.training.lora_rank is not None:
         require_peft()
     policies.source_of(workspace)
-    found = prompts.find(workspace, prompts.recipe(workspace))
-    columns = (found.prompts[name].to_pylist() for name in ("source", "reference"))
-    references = list(zip(*columns, strict=True))
-    refuse_references(workspace.experiment.reward, references)
-    if workspace.experiment.evaluation.judges:
-        held_out = prompts.of_split(found.prompts, "held_out")
-        columns = (held_out[name].to_pylist() for name in ("source", "reference"))
-        references = list(zip(*columns, strict=True))
-        for judge in workspace.experiment.evaluation.judges.values():
-            refuse_references(judge, references)
+    asked = prompts.recipe(workspace)
+    found = prompts.find(workspace, asked)
+    usable.check(workspace, asked, found, progress)
     if found.offline is not None:
         train = set(prompts.of_split(found.prompts, "train")["prompt_id"].to_pylist())
         if train.isdisjoint(found.offline["prompt_id"].to_pylist()):

@@ -128,7 +128,22 @@ TRAINING_SET = pa.schema(
     ]
 )
 
+#: Prompts, and completions of the data set, that a run leaves out because it cannot use them.
+LEFT_OUT = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "the prompt"),
+        _field("sample_index", pa.int32(), "its own completion; null: the prompt itself", nullable=True),
+        _field("split", pa.string(), "train or held_out"),
+        _field("where", pa.string(), "file and line, or what else the source calls the row"),
+        _field("kind", pa.string(), "what such problems are counted as"),
+        _field("problem", pa.string(), "what is wrong"),
+    ]
+)
+
 STATUSES = ("ok", "timeout", "sandbox_error", "parse_error", "too_long", "endpoint_error", "refused")
+
+#: Statuses that can pass: such a row is asked for again at the next run.
+RETRYABLE = ("timeout", "sandbox_error", "endpoint_error")
 
 
 def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

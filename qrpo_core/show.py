@@ -11,9 +11,10 @@ from qrpo_core.config import Experiment
 from qrpo_core.evaluation.summary import normalisation, outcome, summary_rows
 from qrpo_core.plan import StagePlan
 from qrpo_core.steps.chain import stored_chain
-from qrpo_core.steps.evaluation import filtered, result_of
+from qrpo_core.steps.evaluation import filtered, result_of, unusable_rows
 from qrpo_core.steps.headlines import Finished, headlines
 from qrpo_core.steps.rounds import Made
+from qrpo_core.steps.usable import LeftOut
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
 
@@ -75,8 +76,8 @@ def result_lines(workspace: Workspace) -> list[str]:
     diagnostics: dict[str, Any] = made.train.facts["diagnostics"]
     rows = [("held-out evaluation", ""), *summary_rows(result), *normalisation_rows(diagnostics)]
     left = [("left out, merged or failed", "count", "why")]
-    left_out = filtered(made.experiment, made.prompts, made.rounds)
-    left += [(row["what"], f"{row['count']:,}", row["why"]) for row in left_out]
+    gone = [*filtered(made.experiment, made.prompts, made.rounds), *unusable_rows(made.left_out)]
+    left += [(row["what"], f"{row['count']:,}", row["why"]) for row in gone]
     policy = workspace.artifacts.folder(made.train, "policy")
     paths = [f"Policy: {policy}", f"Report: {report_path(workspace)}"]
     return [str(outcome(result)), *headline_lines(made), "", *table(rows), "", *table(left), "", *paths]
@@ -108,13 +109,14 @@ def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Results:
-    """The manifests of a finished run."""
+    """The manifests of a finished run. left_out : the rows that it could not use."""
 
     experiment: Experiment
     prompts: Manifest
     rounds: tuple[Made, ...]
     evaluate: Manifest
     report: Manifest
+    left_out: LeftOut
 
     @property
     def train(self) -> Manifest:
@@ -128,7 +130,8 @@ def results(workspace: Workspace) -> Results:
     rounds = list(chain.rounds())
     made = tuple(each.made for each in rounds)
     end = chain.after(rounds[-1])
-    return Results(workspace.experiment, get(chain.prompts), made, get(end.evaluate), get(end.report))
+    left_out, experiment = chain.found.left_out, workspace.experiment
+    return Results(experiment, get(chain.prompts), made, get(end.evaluate), get(end.report), left_out)
 
 
 def report_path(workspace: Workspace) -> Path:

@@ -17,7 +17,7 @@ from qrpo_core.steps import parity
 from qrpo_core.steps.blocks import BlockStep
 from qrpo_core.steps.trial import ROWS, trial
 from qrpo_core.steps.workspace import Workspace
-from qrpo_core.store.blocks import BlockPlan, Blocks, Run, Wanted, count_rows, missing_runs
+from qrpo_core.store.blocks import BlockPlan, Blocks, Run, Wanted, count_rows
 from qrpo_core.store.recipe import Recipe
 from tasks.interrupts import interrupts
 from tasks.progress import announce, announce_fact, announce_problem, stage_progress
@@ -33,8 +33,8 @@ _MENDINGS = 3
 
 
 def missing_rows(workspace: Workspace, step: BlockStep) -> list[Run]:
-    """The rows of a step that are asked for and not in the store."""
-    return missing_runs(step.wanted, workspace.blocks.committed(step.recipe))
+    """The rows of a step that are asked for: not in the store, or there with a status that can pass."""
+    return workspace.blocks.lacking(step.recipe, step.wanted).runs
 
 
 def in_this_run(workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -> int:

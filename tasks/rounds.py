@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from qrpo_core.steps import training
+from qrpo_core.steps import prompts, training, usable
+from qrpo_core.steps.chain import stored_reference
 from qrpo_core.steps.rounds import Round
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
+from qrpo_core.store.recipe import Recipe
 from tasks.blocks import Compute, fill, in_this_run, mended
 from tasks.progress import announce_problem, stage_progress
 from tasks.stages import Stage, make
+
+
+def check_rows(workspace: Workspace, asked: Recipe) -> Stage:
+    """See that every prompt and completion can be used, or which cannot. asked : the prompts' recipe."""
+    reference = stored_reference(workspace)
+
+    def build() -> Manifest:
+        tables = prompts.stored(workspace, workspace.artifacts.get(asked))
+        with stage_progress("check rows", len(tables.prompts), "prompts") as advance:
+            return usable.build(workspace, asked, tables, reference, advance)
+
+    return make(workspace, "check rows", usable.recipe(workspace, asked, reference.digest), build)
 
 
 def prepare(workspace: Workspace, round_: Round, compute: Compute = in_this_run) -> list[Stage]:
@@ -19,6 +33,7 @@ def prepare(workspace: Workspace, round_: Round, compute: Compute = in_this_run)
 def _prepare(workspace: Workspace, round_: Round, compute: Compute) -> list[Stage]:
     label = round_.label
     stages = [fill(workspace, step, compute) for step in round_.row_steps]
+    round_ = round_.renamed()  # by what the rewards have become
     stages.append(make(workspace, label("quantiles"), round_.quantiles, round_.build_quantiles))
     if (problem := round_.nothing_to_learn()) is not None:
         announce_problem(f"no log-probs are bought, since training would be refused: {problem.message}")

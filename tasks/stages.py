@@ -49,7 +49,9 @@ def workspace_of(experiment: Experiment) -> Workspace:
     here), and when it is seen that the store can do what everything rests on: create an object only if there
     is none.
     """
-    return _workspace(experiment.model_dump_json())
+    workspace = _workspace(experiment.model_dump_json())
+    workspace.blocks.begin_run()
+    return workspace
 
 
 _passed = ""

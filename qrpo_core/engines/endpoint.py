@@ -48,7 +48,8 @@ class EndpointEngine:
     Parameters
     ----------
     config : where the server is, and how hard it may be asked.
-    vocab_size, max_length : of the policy, in tokens; a shorter limit of the server's counts.
+    vocab_size, max_length : of the policy, in tokens; a shorter limit of the server's counts, and is the
+        engine's own `max_length`.
 
     One request a row, `concurrency` at a time. That the server has the right weights, and gives log-probs at
     temperature 1 (vLLM's default logprobs_mode), only the comparison with the training model can tell.
@@ -63,7 +64,7 @@ class EndpointEngine:
         model = self._served()
         self._model = str(model["id"])
         self._vocab_size = vocab_size
-        self._max_length = min(max_length, model.get("max_model_len") or max_length)
+        self.max_length = min(max_length, model.get("max_model_len") or max_length)
         self.name = f"endpoint/{self._model}"
 
     def sample(
@@ -74,7 +75,7 @@ class EndpointEngine:
         Raises EngineError for a prompt that leaves no room for `max_new_tokens` (it is never cut).
         """
         self._check_open()
-        check_samples(requests, params, vocab_size=self._vocab_size, max_length=self._max_length)
+        check_samples(requests, params, vocab_size=self._vocab_size, max_length=self.max_length)
         client = Client(self._config)
 
         async def ask(row: int) -> Completion:
@@ -117,7 +118,7 @@ class EndpointEngine:
         check_scores(
             sequences,
             vocab_size=self._vocab_size,
-            max_length=self._max_length,
+            max_length=self.max_length,
             temperature=temperature,
             only_at_1=True,
         )

@@ -31,6 +31,23 @@ def require(experiment: Experiment) -> None:
         base_url(experiment.endpoint)
 
 
+def longest_sequence(experiment: Experiment, own: int) -> int:
+    """Prompt and completion together that the engine that draws takes, in tokens. own : what the model takes.
+
+    A server that does not answer now is taken to hold the model's own length: the engine asks it again.
+    """
+    if experiment.sampling.engine == "vllm":
+        return min(own, experiment.vllm.max_length or own)
+    if experiment.sampling.engine == "endpoint":
+        from qrpo_core.engines.endpoint import EndpointEngine
+
+        try:
+            return EndpointEngine(experiment.endpoint, vocab_size=1, max_length=own).max_length
+        except EngineError:
+            return own
+    return own
+
+
 def make_engine(
     kind: str,
     directory: Path,

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from qrpo_core.errors import MissingError
-from qrpo_core.explain.query import find_prompt, parse_query
+from qrpo_core.explain.query import find_prompt, parse_query, refuse_left_out
 from qrpo_core.explain.rows import (
     blocks_of,
     drawn_rows,
@@ -83,10 +83,13 @@ def explain(workspace: Workspace, query: str) -> Row:
     """
     name, index = parse_query(query)
     asked, tables = known_prompts(workspace)
+    refuse_left_out(tables.left_out, name)
     prompt = find_prompt(tables.prompts, name)
-    # No recipe depends on which other prompts there are, so the chain of one prompt names the same results.
     only = tables.prompts.filter(pc.equal(tables.prompts["prompt_id"], prompt))
-    chain = chain_of(workspace, asked, replace(tables, prompts=only))
+    # Where no status can pass, no recipe depends on which other prompts there are, so the chain of one prompt
+    # names the same results.
+    some = tables if _unsettled(workspace) else replace(tables, prompts=only)
+    chain = chain_of(workspace, asked, some)
     row = only.to_pylist()[0]
     groups = list(_draws(chain, row))
     found: Row = {"experiment": workspace.experiment.name, "store": workspace.objects.url, "prompt": row}
@@ -97,6 +100,12 @@ def explain(workspace: Workspace, query: str) -> Row:
         known = "; ".join(f"{each.name} {ranges(each.wanted)}" for each in groups)
         raise MissingError(f"prompt {prompt} has no completion {index}", remedy=f"there are {known}")
     return found | {"sample_index": index, "draws": sections}
+
+
+def _unsettled(workspace: Workspace) -> bool:
+    """Whether the store has rewards whose status can pass."""
+    blocks = workspace.blocks
+    return any(blocks.passing(Recipe.from_dict(raw)) for raw in blocks.recipes("reward"))
 
 
 def _draws(chain: Chain, prompt: Row) -> Iterator[Draws]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qrpo_core.errors import MissingError, QRPOError
+from qrpo_core.steps.usable import LeftOut
 
 #: Fewest characters of a prompt_id that are taken for its beginning.
 SHORTEST_PREFIX = 6
@@ -42,6 +43,18 @@ def find_prompt(table: pa.Table, name: str) -> str:
     raise MissingError(
         f"none of the {len(table)} prompts begins with {name!r}", remedy=f"the nearest are {', '.join(near)}"
     )
+
+
+def refuse_left_out(left_out: LeftOut, name: str) -> None:
+    """Raise MissingError, saying why, where `name` begins the id of a prompt that the run leaves out."""
+    for problem in left_out.problems:
+        prompt = problem.prompt_id or ""
+        if prompt.startswith(name) and (why := left_out.why(prompt)):
+            raise MissingError(
+                f"prompt {prompt} is left out ({why})",
+                where=problem.where,
+                remedy="mend the row; prompts.on_unusable is skip",
+            )
 
 
 def _shared(one: str, other: str) -> int:

@@ -13,18 +13,22 @@ from qrpo_core.config import Experiment
 from qrpo_core.errors import MissingError
 from qrpo_core.ids import canonical_json, digest_json
 from qrpo_core.policy import POLICY_FILES
-from qrpo_core.steps import evaluation, parity, policies, prompts
+from qrpo_core.steps import evaluation, parity, policies, prompts, usable
 from qrpo_core.steps.blocks import BlockStep, drawn_from
 from qrpo_core.steps.chain import Chain, chain
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.prompts import PromptTables
 from qrpo_core.steps.rounds import Round
+from qrpo_core.steps.usable import UsableTables
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
 
-#: Fields of a recipe's config that say how many rows a table holds, not which.
-_BUDGET = {"quantiles": ("rows", "references")}
+#: Fields of a recipe's config that say how many rows a table holds, or which of them are lacking.
+_BUDGET = {
+    "quantiles": ("rows", "references", "left_out", "unsettled", "unsettled_references"),
+    "evaluate": ("left_out", "unsettled"),
+}
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,14 @@ def needed(names: Iterable[str], stored: Iterable[Stored]) -> set[str]:
     return found
 
 
-def known_prompts(workspace: Workspace) -> tuple[Recipe, PromptTables]:
-    """The prompts' recipe and tables, from the store or else from their source."""
+def known_prompts(workspace: Workspace) -> tuple[Recipe, UsableTables]:
+    """The prompts' recipe, and what of their tables is used: from the store, or else from their source."""
     asked = prompts.recipe(workspace)
-    return asked, prompts.find(workspace, asked)
+    reference = policies.reference(workspace, policies.source_of(workspace))
+    return asked, usable.usable(workspace, asked, prompts.find(workspace, asked), reference)
 
 
-def chain_of(workspace: Workspace, asked: Recipe, tables: PromptTables) -> Chain:
+def chain_of(workspace: Workspace, asked: Recipe, tables: UsableTables | PromptTables) -> Chain:
     """The chain on these prompts; MissingError while the reference policy is still to be converted."""
     reference = policies.reference(workspace, policies.source_of(workspace))
     return chain(workspace, reference or Policy("not converted yet", _not_there), asked, tables)
@@ -178,7 +183,7 @@ def _recipes(known: Chain) -> Iterator[Recipe]:
     source = policies.source_of(known.workspace)
     if source.needs_materialising:
         yield policies.recipe(known.workspace, source)
-    yield known.prompts
+    yield from (known.prompts, known.usable)
     rounds = list(known.planned_rounds())
     for round_ in rounds:
         yield from _of_round(round_)

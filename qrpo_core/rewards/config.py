@@ -220,7 +220,9 @@ class PythonRewardConfig(Section):
     """kind python: a function of yours, a batch of completions in and a list of scores out."""
 
     function: str = Field(
-        pattern=r"^[\w.]+:\w+$", description="module:function, importable where the run is."
+        pattern=r"^([\w.]+|[^:]+\.py):\w+$",
+        description="module:function, importable where the run is, or FILE.py:function. A file of the "
+        "working directory comes before any other module of its name.",
     )
     version: str = Field(
         "1", description="Raise it when the function would score a row differently: it names the scores."

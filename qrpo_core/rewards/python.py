@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import os
-import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from qrpo_core.engines.base import Progress, no_progress
 from qrpo_core.errors import ConfigError, DataError
 from qrpo_core.ids import digest_file
+from qrpo_core.rewards import user_module
 from qrpo_core.rewards.base import ReferenceProblem, RewardRequest, Score, clip, guarded
 from qrpo_core.rewards.config import PythonRewardConfig
 
@@ -52,7 +49,8 @@ class PythonReward:
 
     An element is a number, or None or (None, "reason") for a row without a score, which is then a
     `parse_error` with that reason. A batch in which the function raises is asked again row by row: only
-    rows that raise by themselves are `parse_error`, with the exception's message.
+    rows that raise by themselves are `parse_error`, with the exception's message. A function that raises on
+    every row of a first call, of two rows or more, is broken: that is a ConfigError with its own error.
 
     The function runs in this process, without limits on time and memory, one call at a time.
     """
@@ -62,6 +60,8 @@ class PythonReward:
     def __init__(self, config: PythonRewardConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
+        self._returned = False
+        self._raised: BaseException | None = None
 
     def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
         """None: references are not looked at. Imports the module and finds the function (ConfigError)."""
@@ -71,7 +71,8 @@ class PythonReward:
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in the order of the requests.
 
-        Raises ConfigError for a function that is not there, DataError for a list of another length.
+        Raises ConfigError for a function that is not there, or that has raised on every row so far; DataError
+        for a list of another length.
         """
         function = load_function(self._config)
         scores: list[Score] = []
@@ -80,6 +81,8 @@ class PythonReward:
                 batch = requests[start : start + self._config.batch_size]
                 scores += self._batch(function, batch)
                 progress(len(batch))
+            if not self._returned and len(requests) > 1:
+                raise self._broken(len(requests))
         return scores
 
     def close(self) -> None:
@@ -90,11 +93,25 @@ class PythonReward:
             values = self._call(function, requests)
         except DataError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a function that leaves the process has failed as well
             if len(requests) > 1:
                 return [score for request in requests for score in self._batch(function, [request])]
+            self._raised = error
             return [Score(None, "parse_error", clip(f"{type(error).__name__}: {error}"))]
+        self._returned = True
         return [_score(value) for value in values]
+
+    def _broken(self, rows: int) -> ConfigError:
+        """What to say of a function that has raised on every row: its error, and where it arose."""
+        error = self._raised
+        frames = traceback.extract_tb(None if error is None else error.__traceback__)
+        place = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        told = f"{type(error).__name__}: {error}"
+        return ConfigError(
+            f"the function fails on each of the first {rows} rows: {clip(told)}",
+            where=f"reward.python.function {self._config.function!r}{place}",
+            remedy="mend the function: it gets a list of rows and returns one number a row (docs/rewards.md)",
+        )
 
     def _call(self, function: Callable[..., Any], requests: Sequence[RewardRequest]) -> list[Any]:
         returned = function([_row(request) for request in requests], **self._config.arguments)
@@ -115,7 +132,7 @@ class PythonReward:
 
 
 def load_function(config: PythonRewardConfig) -> Callable[..., Any]:
-    """The user's function; its module is imported, the working directory included as with `python -m`.
+    """The user's function; its module is imported, that of the working directory before any other.
 
     Raises ConfigError where module or function is missing, the import fails, or the module's file was
     edited after this process imported it.
@@ -136,7 +153,7 @@ def load_function(config: PythonRewardConfig) -> Callable[..., Any]:
         raise ConfigError(
             f"{attribute!r} {problem} in module {name!r}",
             where=f"reward.python.function, {module.__file__}",
-            remedy="write it as module:function",
+            remedy="write it as module:function or file.py:function",
         )
     found: Callable[..., Any] = function
     return found
@@ -149,26 +166,23 @@ def function_identity(config: PythonRewardConfig) -> dict[str, str]:
     is what `version` is for. Raises ConfigError where there is no such module or it has no file.
     """
     name = config.function.partition(":")[0]
-    _working_directory_first()
-    importlib.invalidate_caches()
     try:
-        spec = importlib.util.find_spec(name)
-    except Exception as error:
-        raise _missing(name, f"{type(error).__name__}: {error}") from None
-    if spec is None:
-        raise _missing(name, "not found")
-    if not spec.origin or not Path(spec.origin).is_file():
+        return {"source": digest_file(user_module.find_file(name))}
+    except user_module.NoFile:
         raise ConfigError(
             f"module {name!r} has no file",
             where="reward.python.function",
             remedy="name the module that holds the function, not its package",
-        )
-    return {"source": digest_file(spec.origin)}
+        ) from None
+    except user_module.NotFound as error:
+        raise _missing(name, str(error)) from None
+    except Exception as error:
+        raise _missing(name, f"{type(error).__name__}: {error}") from None
 
 
 def _import(name: str, config: PythonRewardConfig) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        return user_module.load(name)
     except Exception as error:
         raise _missing(name, f"{type(error).__name__}: {error}") from None
 
@@ -179,12 +193,6 @@ def _missing(name: str, why: str) -> ConfigError:
         where="reward.python.function",
         remedy="start the run in the directory that holds it, or install it",
     )
-
-
-def _working_directory_first() -> None:
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
 
 
 def _row(request: RewardRequest) -> Row:

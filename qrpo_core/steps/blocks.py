@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from qrpo_core.config import Experiment, RewardConfig, recipe_fields
 from qrpo_core.data.chat import Messages
 from qrpo_core.engines.base import Engine, Progress, SampleRequest, SamplingParams, ScoreRequest
-from qrpo_core.ids import sample_seed
+from qrpo_core.ids import digest_json, sample_seed
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
 from qrpo_core.rewards.base import RewardRequest
 from qrpo_core.rewards.registry import reward_identity
@@ -231,6 +231,14 @@ class RewardStep:
         ids, digests = (prompts[name].to_pylist() for name in ("prompt_id", "reference_digest"))
         pairs = zip(ids, digests, strict=True)
         return {row_key(prompt, digest): wanted[prompt] for prompt, digest in pairs if prompt in wanted}
+
+    @property
+    def unsettled(self) -> str:
+        """What names the rows whose status can still pass, "" for none; quantiles are named by it too."""
+        passing = self.completions.workspace.blocks.passing(self.recipe)
+        wanted = self.wanted if passing else {}
+        rows = sorted((key, index) for key, index in passing if index in wanted.get(key, ()))
+        return digest_json(rows) if rows else ""
 
     def read(self) -> pa.Table:
         """Every row, REWARDS."""

@@ -21,6 +21,7 @@ from qrpo_core.ids import canonical_json, digest_json
 from qrpo_core.objective.planner import Allocation, allocate_references, quantile_standard_error
 from qrpo_core.objective.quantiles import RankCounts, leave_one_out_counts
 from qrpo_core.objective.transform_base import RewardTransform
+from qrpo_core.steps.signal import status_facts, unscored
 from qrpo_core.store.objects import Objects
 from qrpo_core.store.recipe import Recipe
 
@@ -84,7 +85,9 @@ class Scored:
         scored = scored.filter(pc.is_in(scored["prompt_id"], value_set=enough))
         if not len(scored):
             raise MissingError(
-                "no prompt has two scored references yet", where="budget", remedy="run precompute first"
+                "no prompt has two scored references yet",
+                where=unscored(status_facts(rewards)) or "budget",
+                remedy="see to the rows without a reward" if len(rewards) else "run precompute first",
             )
         prompts = pc.unique(scored["prompt_id"])
         codes = pc.index_in(scored["prompt_id"], value_set=prompts).to_numpy().astype(np.int64)

@@ -9,7 +9,7 @@ from itertools import islice
 import pyarrow as pa
 
 from qrpo_core.errors import ConfigError, MissingError
-from qrpo_core.steps import evaluation, policies, prompts
+from qrpo_core.steps import evaluation, policies, prompts, usable
 from qrpo_core.steps.blocks import (
     BlockStep,
     LogprobStep,
@@ -22,6 +22,7 @@ from qrpo_core.steps.blocks import (
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.prompts import PromptTables
 from qrpo_core.steps.rounds import Round, first_round, next_round
+from qrpo_core.steps.usable import UsableTables
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.recipe import Recipe
 
@@ -73,14 +74,23 @@ def kl_steps(after: HeldOutSteps, trained: Policy, reference: Policy) -> KLSteps
 
 @dataclass(frozen=True)
 class Chain:
-    """All that is known of an experiment once its reference policy and its prompts are."""
+    """All that is known of an experiment once its reference policy and its prompts are.
+
+    found : the prompts that are used, and what is left out of them. usable : the recipe of what says so.
+    """
 
     workspace: Workspace
     reference: Policy
-    table: pa.Table
+    found: UsableTables
     prompts: Recipe
+    usable: Recipe
     first: Round
     before: HeldOutSteps
+
+    @property
+    def table(self) -> pa.Table:
+        """The prompts that are used, PROMPTS rows."""
+        return self.found.prompts
 
     def after_round(self, round_: Round) -> Round | None:
         """The next round, once the policy of this one is in the store; None after the last."""
@@ -125,7 +135,11 @@ class Chain:
         for name, step in self.before.judges.items():
             inputs[f"judge {name}, before"] = step.recipe
             inputs[f"judge {name}, after"] = after.judges[name].recipe
-        evaluate = evaluation.recipe(self.workspace, inputs)
+        unsettled = {"before": self.before.rewards.unsettled, "after": after.rewards.unsettled}
+        for name, step in self.before.judges.items():
+            unsettled |= {f"{name}, before": step.unsettled, f"{name}, after": after.judges[name].unsettled}
+        left_out = self.found.left_out.digest("held_out")
+        evaluate = evaluation.recipe(self.workspace, inputs, unsettled, left_out)
         report = evaluation.report_recipe(self.workspace, evaluate, round_.train)
         return EvaluationChain(round_, after, divergence, evaluate, report)
 
@@ -147,27 +161,34 @@ def trained_policy(round_: Round) -> Policy:
     return policies.stored(round_.workspace, manifest, round_.start)
 
 
-def chain(workspace: Workspace, reference: Policy, asked: Recipe, found: PromptTables) -> Chain:
-    """Put the steps together. asked : the prompts' recipe."""
+def chain(
+    workspace: Workspace, reference: Policy, asked: Recipe, found: PromptTables | UsableTables
+) -> Chain:
+    """Put the steps together. asked : the prompts' recipe. found : what of them is used, or all."""
+    if isinstance(found, PromptTables):
+        found = UsableTables(found.prompts, found.offline)
     return Chain(
         workspace,
         reference,
-        found.prompts,
+        found,
         asked,
-        first_round(workspace, reference, asked, found.prompts, found.offline),
+        usable.recipe(workspace, asked, reference.digest),
+        first_round(workspace, reference, asked, found),
         held_out_steps(workspace, found.prompts, reference, "before"),
     )
 
 
 def stored_chain(workspace: Workspace) -> Chain:
     """The chain of what the store has; MissingError if the model or the prompts are not there yet."""
-    reference = _stored_reference(workspace)
+    reference = stored_reference(workspace)
     asked = prompts.recipe(workspace)
     manifest = workspace.artifacts.get(asked)
-    return chain(workspace, reference, asked, prompts.stored(workspace, manifest))
+    tables = prompts.stored(workspace, manifest)
+    return chain(workspace, reference, asked, usable.usable(workspace, asked, tables, reference))
 
 
-def _stored_reference(workspace: Workspace) -> Policy:
+def stored_reference(workspace: Workspace) -> Policy:
+    """The reference policy; MissingError while it is to be converted."""
     reference = policies.reference(workspace, policies.source_of(workspace))
     if reference is None:
         raise MissingError(
@@ -178,7 +199,7 @@ def _stored_reference(workspace: Workspace) -> Policy:
 
 def budget_recipes(workspace: Workspace) -> tuple[Recipe, Recipe]:
     """The recipes of references and of their rewards, by which a budget is named; it is not read for that."""
-    samples = sample_recipe(workspace, _stored_reference(workspace).digest)
+    samples = sample_recipe(workspace, stored_reference(workspace).digest)
     return samples, reward_recipe(workspace, samples)
 
 

@@ -149,6 +149,11 @@ class GivenRewards:
     def recipe(self) -> Recipe:
         return Recipe("given_rewards", OFFLINE_VERSION, {}, {})
 
+    @property
+    def unsettled(self) -> str:
+        """None of them changes."""
+        return ""
+
     def read(self) -> pa.Table:
         """REWARDS rows; a completion without a grade has status parse_error."""
         # A completion stands once for each of its pairs, with one reward.
@@ -179,6 +184,11 @@ class Unscored:
     @property
     def recipe(self) -> Recipe:
         return Recipe("unscored", UNSCORED_VERSION, {}, {})
+
+    @property
+    def unsettled(self) -> str:
+        """There is none."""
+        return ""
 
     def read(self) -> pa.Table:
         """No REWARDS row."""

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from qrpo_core import __version__
 from qrpo_core.config import Experiment, recipe_fields
+from qrpo_core.data.unusable import count_kinds
 from qrpo_core.evaluation.inputs import EVALUATED, EVALUATED_AFTER, EvaluationInput
 from qrpo_core.evaluation.metrics import EvaluationResult, evaluate_policies
 from qrpo_core.records import COMPLETIONS, LOGPROBS
@@ -21,6 +22,7 @@ from qrpo_core.steps.headlines import Finished, headlines
 from qrpo_core.steps.tables import load, to_bytes
 from qrpo_core.steps.targets import TrainingData, derive
 from qrpo_core.steps.truncated import treated
+from qrpo_core.steps.usable import LeftOut
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.blocks import count_rows
@@ -34,10 +36,24 @@ VERSION = 3
 REPORT_VERSION = 4
 
 
-def recipe(workspace: Workspace, inputs: Mapping[str, Recipe]) -> Recipe:
-    """Decided by the prompts, both policies' rewards, and the log-probs of the trained policy's samples."""
+def recipe(
+    workspace: Workspace,
+    inputs: Mapping[str, Recipe],
+    unsettled: Mapping[str, str] | None = None,
+    left_out: str = "",
+) -> Recipe:
+    """Decided by the prompts, both policies' rewards, and the log-probs of the trained policy's samples.
+
+    unsettled : by side and judge what names the rows whose status can still pass. left_out : names the
+    held-out prompts that are left out.
+    """
     keys = {name: each.key for name, each in inputs.items()}
-    return Recipe("evaluate", VERSION, recipe_fields(workspace.experiment.evaluation), keys)
+    config = recipe_fields(workspace.experiment.evaluation)
+    if found := {name: digest for name, digest in (unsettled or {}).items() if digest}:
+        config["unsettled"] = found
+    if left_out:
+        config["left_out"] = left_out
+    return Recipe("evaluate", VERSION, config, keys)
 
 
 def build(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Manifest:
@@ -122,7 +138,10 @@ def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Ma
                 *(row for pair in rounds for row in _round_costs(workspace, *pair)),
                 *(cost(workspace, step) for step in steps),
             ],
-            filtered=filtered(workspace.experiment, found, made),
+            filtered=[
+                *filtered(workspace.experiment, found, made),
+                *unusable_rows(chain.found.left_out),
+            ],
             lineage=_lineage(found, rounds, evaluated, steps),
             examples=pick_examples(before, after, chain.table),
         )
@@ -175,6 +194,7 @@ def _history(workspace: Workspace, trained: Sequence[Manifest]) -> list[dict[str
 #: What selection may leave out, and why; zeros of what cannot occur in a mode are not listed.
 #: What happened to rows of the source, where it did: see `PromptSet.counts`.
 _SOURCE = {
+    "unreadable_rows": ("source rows left out", "they cannot be read; prompts.on_unusable"),
     "without_reference": ("source rows without a reference", "null in the data set"),
     "without_pair": ("source rows without a pair", "null in the data set"),
     "without_completions": ("source rows without completions", "null or an empty list in the data set"),
@@ -217,13 +237,25 @@ def filtered(experiment: Experiment, prompts: Manifest, rounds: Sequence[Made]) 
     return rows
 
 
+def unusable_rows(left_out: LeftOut) -> list[dict[str, Any]]:
+    """The prompts and completions that are left out because they cannot be used, as a row of that table."""
+    if not left_out.problems:
+        return []
+    rows = {(each.prompt_id, each.sample_index) for each in left_out.problems}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(left_out.problems).items())
+    return [_left("rows left out as unusable", len(rows), f"{kinds}; prompts.on_unusable")]
+
+
 def _left_out(experiment: Experiment, made: Made) -> Iterator[tuple[str, int, str]]:
     facts = made.quantiles.facts
     for name, key in (("completions", "statuses"), ("references", "reference_statuses")):
-        statuses = {status: each["count"] for status, each in facts.get(key, {}).items()}
+        found = facts.get(key, {})
+        statuses = {status: each["count"] for status, each in found.items()}
         failed = {status: count for status, count in statuses.items() if status != "ok"}
         for status, count in failed.items():
             yield f"training {name} with status {status}", count, "not in any quantile"
+            if detail := found[status]["detail"]:
+                yield f"{status}, what it says most often", found[status]["times"], detail
         if statuses and not failed:
             yield f"training {name} without a reward", 0, "every one was scored"
     for fact, (what, why) in _SELECTION.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,21 @@ def read(workspace: Workspace) -> PromptSet:
 
 @dataclass(frozen=True)
 class PromptTables:
-    """PROMPTS rows, and where training uses the data set's own completions their OFFLINE rows."""
+    """PROMPTS rows, and where training uses the data set's own completions their OFFLINE rows.
+
+    counts : what happened to the source's rows; see `data.sources.PromptSet`.
+    """
 
     prompts: pa.Table
     offline: pa.Table | None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def stored(workspace: Workspace, manifest: Manifest) -> PromptTables:
     """The tables of a prompts artifact that the experiment uses."""
     offline = load(workspace, manifest, "offline.parquet", OFFLINE) if _uses_offline(workspace) else None
-    return PromptTables(load(workspace, manifest, "prompts.parquet", PROMPTS), offline)
+    table = load(workspace, manifest, "prompts.parquet", PROMPTS)
+    return PromptTables(table, offline, manifest.facts["counts"])
 
 
 def _uses_offline(workspace: Workspace) -> bool:
@@ -60,7 +66,7 @@ def find(workspace: Workspace, asked: Recipe) -> PromptTables:
     if manifest is not None:
         return stored(workspace, manifest)
     source = read(workspace)
-    return PromptTables(source.prompts, source.offline if _uses_offline(workspace) else None)
+    return PromptTables(source.prompts, source.offline if _uses_offline(workspace) else None, source.counts)
 
 
 def build(workspace: Workspace, asked: Recipe) -> Manifest:

@@ -32,22 +32,40 @@ class Rewards(Protocol):
     def completions(self) -> Completions: ...
     @property
     def recipe(self) -> Recipe: ...
+    @property
+    def unsettled(self) -> str:
+        """What names the rows whose status can still pass; "" for none."""
+        ...
 
     def read(self) -> pa.Table:
         """REWARDS, every row."""
         ...
 
 
-def recipe(workspace: Workspace, prompts: Recipe, rewards: Rewards, references: Rewards | None) -> Recipe:
+def recipe(
+    workspace: Workspace,
+    prompts: Recipe,
+    rewards: Rewards,
+    references: Rewards | None,
+    left_out: str = "",
+) -> Recipe:
     """Decided by which prompts, which rewards, which of them train, and what they are ranked among.
 
-    The same Rewards twice: the training completions are the references themselves.
+    The same Rewards twice: the training completions are the references themselves. Rows whose status can
+    still pass are named as well: when one of them has a reward, the quantiles are others.
+    left_out : names the training prompts and completions that are left out of the prompts.
     """
-    config = {
+    config: dict[str, Any] = {
         "training_data": recipe_fields(workspace.experiment.decided_data),
         "rows": rewards.completions.extent,
         "references": None if references is None else references.completions.extent,
     }
+    if left_out:
+        config["left_out"] = left_out
+    if rewards.unsettled:
+        config["unsettled"] = rewards.unsettled
+    if references is not None and references is not rewards and references.unsettled:
+        config["unsettled_references"] = references.unsettled
     keys = {"prompts": prompts.key, "rewards": rewards.recipe.key}
     if references is not None:
         keys["references"] = references.recipe.key
@@ -109,7 +127,7 @@ def rank(chosen: Selection, failed: str = "") -> tuple[pa.Table, pa.Table, pa.Ta
             "no prompt has a scored completion and two scored references",
             where=f"{len(chosen.rows)} scored completions, "
             f"{0 if chosen.references is None else len(chosen.references)} scored references",
-            remedy=f"the rows without a reward: {failed}"
+            remedy=f"see to the rows without a reward: {failed}"
             if failed
             else "raise sampling.references_per_prompt to 2 or more",
         )

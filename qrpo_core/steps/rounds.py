@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import pyarrow as pa
-
 from qrpo_core.errors import ObjectiveError
 from qrpo_core.steps import budgets, prompts, quantiles, signal, training, training_set
 from qrpo_core.steps.blocks import BlockStep, LogprobStep, RewardStep, SampleStep, reward_recipe
 from qrpo_core.steps.completions import GivenRewards, OfflineCompletions, Unscored
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.selection import expected_rows
+from qrpo_core.steps.usable import UsableTables
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.blocks import Wanted
@@ -40,6 +39,7 @@ class Round:
     row_steps : what is drawn and scored before anything is ranked.
     references : what `rewards` are ranked among; the same object where the completions are the references,
         None where the objective ranks nothing.
+    prompts : their recipe. left_out : names the training prompts and completions that are left out of them.
     """
 
     workspace: Workspace
@@ -49,9 +49,16 @@ class Round:
     row_steps: tuple[BlockStep, ...]
     rewards: quantiles.Rewards
     references: quantiles.Rewards | None
+    prompts: Recipe
+    left_out: str
     quantiles: Recipe
     training_set: Recipe
     train: Recipe
+
+    def renamed(self) -> Round:
+        """The round with its recipes named by the rewards that the store has now."""
+        ranked, assembled, trained = _recipes(self)
+        return replace(self, quantiles=ranked, training_set=assembled, train=trained)
 
     def label(self, stage: str) -> str:
         """What a stage is called in this round."""
@@ -99,10 +106,9 @@ class Round:
         return {prompt: expected_rows(data, len(rows)) for prompt, rows in counts}
 
 
-def first_round(
-    workspace: Workspace, reference: Policy, asked: Recipe, table: pa.Table, offline: pa.Table | None
-) -> Round:
-    """The round on `training_data`. asked : the prompts' recipe. table : PROMPTS. offline : OFFLINE."""
+def first_round(workspace: Workspace, reference: Policy, asked: Recipe, found: UsableTables) -> Round:
+    """The round on `training_data`. asked : the prompts' recipe. found : what of the prompts is used."""
+    table, offline, left_out = found.prompts, found.offline, found.left_out.digest("train")
     experiment = workspace.experiment
     data, train = experiment.training_data, prompts.of_split(table, "train")
     count = experiment.sampling.references_per_prompt
@@ -111,7 +117,8 @@ def first_round(
     samples = replace(samples, budget=budget)
     sampled = RewardStep(samples, "score references")
     if data.mode != "offline" or offline is None:
-        return _round(workspace, 1, reference, reference, asked, (samples, sampled), sampled, sampled)
+        steps: tuple[BlockStep, ...] = (samples, sampled)
+        return _round(workspace, 1, reference, reference, asked, left_out, steps, sampled, sampled)
     own = OfflineCompletions(workspace, reference, train, offline)
     rewards: quantiles.Rewards
     if experiment.decided_data.preference == "label":
@@ -120,14 +127,14 @@ def first_round(
         rewards = GivenRewards(own)
     else:
         rewards = RewardStep(own, "score offline completions")
-    steps: tuple[BlockStep, ...] = (rewards,) if isinstance(rewards, RewardStep) else ()
+    steps = (rewards,) if isinstance(rewards, RewardStep) else ()
     if data.references == "offline":
         references: quantiles.Rewards | None = rewards
     elif experiment.objective.kind == "qrpo":
         references, steps = sampled, (samples, sampled, *steps)
     else:
         references = None  # the baselines rank nothing, and drawing references is what costs
-    return _round(workspace, 1, reference, reference, asked, steps, rewards, references)
+    return _round(workspace, 1, reference, reference, asked, left_out, steps, rewards, references)
 
 
 def next_round(before: Round, asked: Recipe, policy: Policy) -> Round:
@@ -144,6 +151,7 @@ def next_round(before: Round, asked: Recipe, policy: Policy) -> Round:
         policy,
         before.reference,
         asked,
+        before.left_out,
         (samples, rewards),
         rewards,
         before.references,
@@ -156,12 +164,20 @@ def _round(
     start: Policy,
     reference: Policy,
     asked: Recipe,
+    left_out: str,
     steps: tuple[BlockStep, ...],
     rewards: quantiles.Rewards,
     references: quantiles.Rewards | None,
 ) -> Round:
-    ranked = quantiles.recipe(workspace, asked, rewards, references)
-    logprobs = LogprobStep(rewards.completions, reference, "")
-    assembled = training_set.recipe(ranked, logprobs)
-    trained = training.recipe(workspace, assembled, start)
-    return Round(workspace, number, start, reference, steps, rewards, references, ranked, assembled, trained)
+    unnamed = (asked,) * 3
+    return Round(
+        workspace, number, start, reference, steps, rewards, references, asked, left_out, *unnamed
+    ).renamed()
+
+
+def _recipes(round_: Round) -> tuple[Recipe, Recipe, Recipe]:
+    """What names the rank counts, the training set and the policy of a round."""
+    workspace, rewards = round_.workspace, round_.rewards
+    ranked = quantiles.recipe(workspace, round_.prompts, rewards, round_.references, round_.left_out)
+    assembled = training_set.recipe(ranked, LogprobStep(rewards.completions, round_.reference, ""))
+    return ranked, assembled, training.recipe(workspace, assembled, round_.start)

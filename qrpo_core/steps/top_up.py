@@ -13,7 +13,6 @@ from qrpo_core.steps.budgets import Scored
 from qrpo_core.steps.chain import reference_steps
 from qrpo_core.steps.truncated import training_rewards
 from qrpo_core.steps.workspace import Workspace
-from qrpo_core.store.blocks import missing_runs
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def _lacking(workspace: Workspace, samples: SampleStep, rewards: RewardStep) -> 
     lacking: dict[str, int] = {}
     for step in (samples, rewards):
         lost: dict[str, int] = {}
-        for run in missing_runs(step.wanted, workspace.blocks.committed(step.recipe)):
+        for run in workspace.blocks.lacking(step.recipe, step.wanted).runs:
             prompt = run.key.partition(".")[0]
             lost[prompt] = lost.get(prompt, 0) + run.count
         lacking = {prompt: max(lacking.get(prompt, 0), lost.get(prompt, 0)) for prompt in lacking | lost}

@@ -15,6 +15,7 @@ from qrpo_core.records import check_table
 from qrpo_core.store.block_manifest import BlockManifest
 from qrpo_core.store.checks import Check, Verify, is_checked
 from qrpo_core.store.index import BlockIndex
+from qrpo_core.store.passing import settled_first
 from qrpo_core.store.recipe import Recipe
 from qrpo_core.store.tables import from_parquet
 
@@ -33,7 +34,7 @@ class BlockData:
         self.verify = verify
 
     def rows(self, recipe: Recipe, keys: Set[str], schema: pa.Schema) -> pa.Table:
-        """Every row of the blocks that hold one of the row keys, by block id.
+        """Every row of the blocks that hold one of the row keys, those first that a reader takes.
 
         A block that is gone because it was compacted is no damage: the index is listed again. DamagedError
         where content is lost, once the blocks are set aside.
@@ -46,7 +47,7 @@ class BlockData:
                 raise self.set_aside(lost)
             if not failed:
                 found = [tables[block.index] for block in blocks]
-                return pa.concat_tables(found) if found else schema.empty_table()
+                return settled_first(found, blocks) if found else schema.empty_table()
         raise StoreError(
             f"blocks of {recipe.step} come and go while they are read",
             where=f"{self.index.objects.url}/{recipe.blocks_path}",

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from qrpo_core import __version__
 from qrpo_core.errors import DamagedError, StoreError
 from qrpo_core.ids import canonical_json
-from qrpo_core.store.planning import BlockPlan, Runs, block_id
+from qrpo_core.store.planning import BlockPlan, Run, Runs, block_id, subtract
 
-FORMAT = 1
+#: Of a manifest whose rows are all settled and of generation 1, and of any other: what reads the first alone
+#: must not take the second for it.
+FORMAT, FORMAT_OF_PASSING = 1, 2
+
+
+class Passing(NamedTuple):
+    """Rows first .. first + count - 1 of one row key, whose status can pass.
+
+    tries : how often they were asked for, in this block and in those that were merged into it.
+    """
+
+    key: str
+    first: int
+    count: int  # type: ignore[assignment]  # in place of tuple's method of that name
+    tries: int
+    status: str
+
 
 #: Fact of a block of few rows, made to see that they can be: its rate says nothing of a full one.
 TRIAL = "trial"
@@ -25,6 +42,7 @@ class BlockManifest:
 
     file : object key of the Parquet data; digest, bytes : of that object.
     seconds : what computing the rows took. created : by the clock of who made it; it decides nothing.
+    passing : those of its rows that are asked for again. generation : see `BlockPlan`.
     """
 
     block: str
@@ -37,6 +55,8 @@ class BlockManifest:
     created: str
     code: str
     facts: dict[str, Any] = field(default_factory=dict)
+    passing: tuple[Passing, ...] = ()
+    generation: int = 1
 
     @property
     def step(self) -> str:
@@ -60,7 +80,12 @@ class BlockManifest:
 
 
 def make_manifest(
-    plan: BlockPlan, digest: str, size: int, seconds: float, facts: dict[str, Any]
+    plan: BlockPlan,
+    digest: str,
+    size: int,
+    seconds: float,
+    facts: dict[str, Any],
+    passing: Iterable[Passing] = (),
 ) -> BlockManifest:
     """The manifest of a plan's rows, now stored as `size` bytes with this digest."""
     return BlockManifest(
@@ -74,6 +99,8 @@ def make_manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         code=__version__,
         facts=facts,
+        passing=tuple(passing),
+        generation=plan.generation,
     )
 
 
@@ -81,7 +108,10 @@ def to_json(manifest: BlockManifest) -> bytes:
     """The manifest as it is stored."""
     raw = {each.name: getattr(manifest, each.name) for each in fields(manifest)}
     raw["runs"] = list(manifest.runs)
-    return canonical_json(raw | {"format": FORMAT}).encode()
+    if not manifest.passing and manifest.generation == 1:
+        del raw["passing"], raw["generation"]
+        return canonical_json(raw | {"format": FORMAT}).encode()
+    return canonical_json(raw | {"format": FORMAT_OF_PASSING}).encode()
 
 
 def from_json(data: bytes, index: str, where: str) -> BlockManifest:
@@ -91,15 +121,22 @@ def from_json(data: bytes, index: str, where: str) -> BlockManifest:
     """
     try:
         raw = orjson.loads(data)
-        if raw.pop("format") != FORMAT:
+        if raw.pop("format") not in (FORMAT, FORMAT_OF_PASSING):
             raise StoreError("block manifest of another format", where=where, remedy="upgrade qrpo")
         _, step, key, _, name = index.split("/")
-        if f"{block_id(key, raw['runs'])}.json" != name or raw["block"] + ".json" != name:
+        if (
+            f"{block_id(key, raw['runs'], raw.get('generation', 1))}.json" != name
+            or raw["block"] + ".json" != name
+        ):
             raise ValueError("its rows are not those it is named by")
         raw["runs"] = Runs(raw["runs"])
+        raw["passing"] = tuple(Passing(*each) for each in raw.get("passing", ()))
         manifest = BlockManifest(**raw)
         if manifest.rows != int(manifest.runs.count.sum()) or (manifest.step, manifest.key) != (step, key):
             raise ValueError("it contradicts itself")
+        passing = Runs(Run(each.key, each.first, each.count) for each in manifest.passing)
+        if subtract(passing, [manifest]) or any(each.tries < 1 for each in manifest.passing):
+            raise ValueError("rows that can pass are not among its rows")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DamagedError(

@@ -5,14 +5,16 @@ Layout below ``blocks/<step>/<key>/``: ``rows/<digest>.parquet`` is the data, na
 says what the key stands for. Planning lists the index once, subtracts what is committed from what is asked,
 and packs only the missing rows.
 
-Two blocks may hold the same row: two runs with other budgets overlapped, or a compaction was cut off. The
-row is then that of the block whose id comes first, for every reader.
+Two blocks may hold the same row: two runs with other budgets overlapped, a compaction was cut off, or the row
+had a status that can pass and was tried again (`store.passing`). The row is then that of the block whose id
+comes first, for every reader, of the blocks in which it is settled if there are any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +30,16 @@ from qrpo_core.store.checks import Check
 from qrpo_core.store.compaction import Compaction, compact
 from qrpo_core.store.index import BlockIndex
 from qrpo_core.store.interface import Objects
+from qrpo_core.store.passing import (
+    Lacking,
+    Pair,
+    Tried,
+    count_statuses,
+    lacking,
+    passing_of,
+    passing_rows,
+    runs_of_pairs,
+)
 from qrpo_core.store.planning import (
     BlockPlan,
     Run,
@@ -49,10 +61,14 @@ __all__ = [
     "Blocks",
     "Check",
     "Compaction",
+    "Lacking",
+    "Pair",
     "Run",
     "Runs",
+    "Tried",
     "Wanted",
     "count_rows",
+    "count_statuses",
     "missing_runs",
     "pack",
     "row_key",
@@ -79,6 +95,11 @@ class Blocks:
         self._index = BlockIndex(objects)
         self._data = BlockData(self._index, config.verify)
         self._named: set[str] = set()
+        self._before: dict[str, dict[Pair, int]] = {}
+
+    def begin_run(self) -> None:
+        """Let the run that begins now ask again for rows whose status can pass, each once."""
+        self._before.clear()
 
     def committed(self, recipe: Recipe) -> list[BlockManifest]:
         """Every committed block of a recipe, by block id.
@@ -115,10 +136,26 @@ class Blocks:
         return min(rows, self.config.rows_per_block)
 
     def plan(self, recipe: Recipe, wanted: Wanted, rows_per_block: int) -> list[BlockPlan]:
-        """The missing rows of `wanted`, packed in its order into blocks of at most `rows_per_block`."""
+        """The missing rows of `wanted`, packed in its order into blocks of at most `rows_per_block`.
+
+        Those that are tried again come last, apart from the others.
+        """
         committed = self.committed(recipe)
         seen = frozenset(block.index for block in committed)
-        return list(pack(recipe, missing_runs(wanted, committed), rows_per_block, seen))
+        left = self._lacking(recipe, wanted, committed)
+        plans = list(pack(recipe, left.absent, rows_per_block, seen))
+        for generation in sorted({tried.generation for tried in left.again.values()}):
+            pairs = [pair for pair, tried in left.again.items() if tried.generation == generation]
+            plans += pack(recipe, runs_of_pairs(pairs), rows_per_block, seen, generation + 1)
+        return plans
+
+    def lacking(self, recipe: Recipe, wanted: Wanted) -> Lacking:
+        """What a run asks for of these rows: those that no block has, and those that it tries again."""
+        return self._lacking(recipe, wanted, self.committed(recipe))
+
+    def passing(self, recipe: Recipe) -> dict[Pair, Tried]:
+        """Every row whose status can pass, whether it is tried again or not."""
+        return passing_rows(self.committed(recipe))
 
     def still_missing(self, plan: BlockPlan) -> BlockPlan | None:
         """The part of a plan that nobody has committed since; None if nothing is left.
@@ -133,7 +170,7 @@ class Blocks:
         left = tuple(subtract(Runs(plan.runs), rivals))
         if left == plan.runs:
             return plan
-        return BlockPlan(plan.recipe, left, plan.seen) if left else None
+        return replace(plan, runs=left) if left else None
 
     def commit(
         self, plan: BlockPlan, table: pa.Table, schema: pa.Schema, seconds: float, **facts: Any
@@ -141,10 +178,12 @@ class Blocks:
         """Write a block's rows and make them real in one conditional step.
 
         The table must hold exactly the plan's rows (any order). `seconds` and `facts` (engine, device, ...)
-        are remembered with the block. Two who commit the same rows end with one block, the first one's. With
-        ``exact=True`` in the facts of both, rows that differ are a StoreError; without, rows that others have
-        committed since the plan was made are left out, so that nobody sees a row change: the manifest is then
-        that of the rest, or of another's block if there is no rest.
+        are remembered with the block, and which of its rows have a status that can pass
+        (`records.RETRYABLE`), so that another run asks for them again. Two who commit the same rows end with
+        one block, the first one's. With ``exact=True`` in the facts of both, rows that differ are a
+        StoreError; without, rows that others have committed since the plan was made are left out, so that
+        nobody sees a row change: the manifest is then that of the rest, or of another's block if there is no
+        rest.
         """
         where = f"block {plan.id} of {plan.recipe.step}"
         table = in_order(check_table(table, schema, where), plan, where)
@@ -200,11 +239,23 @@ class Blocks:
         """
         return compact(self._data, self._store, recipe, rows_per_block)
 
+    def _lacking(self, recipe: Recipe, wanted: Wanted, committed: Sequence[BlockManifest]) -> Lacking:
+        if recipe.key not in self._before:
+            self._before[recipe.key] = {row: tried.tries for row, tried in passing_rows(committed).items()}
+        return lacking(wanted, committed, self.config.tries, self._before[recipe.key])
+
     def _store(
-        self, plan: BlockPlan, table: pa.Table, seconds: float, facts: dict[str, Any]
+        self,
+        plan: BlockPlan,
+        table: pa.Table,
+        seconds: float,
+        facts: dict[str, Any],
+        tries: Mapping[Pair, int] | None = None,
     ) -> BlockManifest:
+        """tries : of rows that were tried before, where the plan merges their blocks."""
         data = to_parquet(table)
-        manifest = make_manifest(plan, digest_bytes(data), len(data), seconds, facts)
+        passing = passing_of(table, tries or {})
+        manifest = make_manifest(plan, digest_bytes(data), len(data), seconds, facts, passing)
         self._name(plan.recipe)
         self.objects.write(manifest.file, data)
         for _ in range(_ATTEMPTS):
@@ -243,7 +294,7 @@ class Blocks:
     def _others(self, plan: BlockPlan) -> BlockManifest:
         """A block of others that holds rows of a plan none of which is missing."""
         for block in self.committed(plan.recipe):
-            if tuple(subtract(Runs(plan.runs), [block])) != plan.runs:
+            if block.index not in plan.seen and tuple(subtract(Runs(plan.runs), [block])) != plan.runs:
                 return block
         raise StoreError("blocks come and go while one is committed", remedy="run again")
 

@@ -10,9 +10,9 @@ holds just the rows of the merged block, and not as readers get them, its name i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +20,25 @@ import pyarrow as pa
 from qrpo_core.errors import DamagedError, MissingError
 from qrpo_core.store.block_data import BlockData
 from qrpo_core.store.block_manifest import BlockManifest
+from qrpo_core.store.passing import Pair, passing_rows, settled_first
 from qrpo_core.store.planning import STRIDE, BlockPlan, Wanted, pack, runs_of
 from qrpo_core.store.recipe import Recipe
 from qrpo_core.store.tables import select, select_pairs
 
 Group = list[BlockManifest]
-#: Stores a block's rows and makes them real: (plan, table, seconds, facts) → its manifest.
-Store = Callable[[BlockPlan, pa.Table, float, dict[str, Any]], BlockManifest]
+
+
+class Store(Protocol):
+    """Stores a block's rows and makes them real. tries : of those whose status can pass."""
+
+    def __call__(
+        self,
+        plan: BlockPlan,
+        table: pa.Table,
+        seconds: float,
+        facts: dict[str, Any],
+        tries: Mapping[Pair, int] | None = None,
+    ) -> BlockManifest: ...
 
 
 @dataclass(frozen=True)
@@ -113,13 +125,18 @@ def _merge(data: BlockData, store: Store, recipe: Recipe, group: Group, rows_per
     runs = (run for key, indices in wanted.items() for run in runs_of(key, indices))
     parts: list[tuple[BlockPlan, pa.Table]] = []
     first = 0
-    for plan in pack(recipe, runs, rows_per_block):
+    passing = passing_rows(group)
+    generation = max(block.generation for block in group)
+    if generation > 1 or passing:
+        generation += 1  # a name that no block of the group has, and none that was planned before it had rows
+    for plan in pack(recipe, runs, rows_per_block, generation=generation):
         parts.append((plan, table.slice(first, plan.rows)))
         first += plan.rows
     if any(_is_taken(data, group, plan, part) for plan, part in parts):
         return 0
     facts, seconds = merged_facts(group), sum(block.seconds for block in group) / len(table)
-    made = [store(plan, part, seconds * plan.rows, facts) for plan, part in parts]
+    tries = {pair: tried.tries for pair, tried in passing.items()}
+    made = [store(plan, part, seconds * plan.rows, facts, tries) for plan, part in parts]
     kept = {block.block for block in made}
     for block in sorted(group, key=lambda block: block.block, reverse=True):
         if block.block not in kept:
@@ -139,14 +156,14 @@ def _is_taken(data: BlockData, group: Group, plan: BlockPlan, part: pa.Table) ->
 
 
 def _read(data: BlockData, group: Group) -> pa.Table:
-    """All rows of a group, in the order of its blocks, checked against their digests."""
+    """All rows of a group, those first that a reader takes, checked against their digests."""
     tables: list[pa.Table] = []
     for block in group:
         try:
             tables.append(data.fetch(block, check=True))
         except (MissingError, DamagedError) as error:
             raise data.set_aside([(block, error.message)]) from None
-    return pa.concat_tables([table.cast(tables[0].schema) for table in tables])
+    return settled_first([table.cast(tables[0].schema) for table in tables], group)
 
 
 def _rows_of(group: Group) -> Wanted:

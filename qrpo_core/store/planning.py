@@ -79,16 +79,19 @@ class HasRuns(Protocol):
 class BlockPlan:
     """Rows to compute and commit together. Its id follows from its rows: equal plans race for one block.
 
-    seen : index entries of the blocks that were known when it was made: none has one of its rows.
+    seen : index entries of the blocks that were known when it was made: none has one of its rows, except with
+        a status that can pass.
+    generation : 1, or for rows that are tried again one more than that of any block that has them.
     """
 
     recipe: Recipe
     runs: tuple[Run, ...]
     seen: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    generation: int = 1
 
     @cached_property
     def id(self) -> str:
-        return block_id(self.recipe.key, self.runs)
+        return block_id(self.recipe.key, self.runs, self.generation)
 
     @property
     def index(self) -> str:
@@ -106,12 +109,14 @@ class BlockPlan:
                 yield run.key, index
 
 
-def block_id(recipe_key: str, runs: Sequence[Sequence[Any]]) -> str:
+def block_id(recipe_key: str, runs: Sequence[Sequence[Any]], generation: int = 1) -> str:
     """The name of the block that holds these rows, 32 hex characters. runs : (row key, first, count) each.
 
-    It is `digest_json` of the recipe key and the runs, in a tenth of the time.
+    It is `digest_json` of the recipe key and the runs (and the generation, beyond the first), in a tenth of
+    the time.
     """
-    return digest_bytes(orjson.dumps([recipe_key, list(map(list, runs))]))[:ID_LENGTH]
+    named = [recipe_key, list(map(list, runs)), *([generation] if generation > 1 else [])]
+    return digest_bytes(orjson.dumps(named))[:ID_LENGTH]
 
 
 def count_rows(wanted: Wanted) -> int:
@@ -189,9 +194,16 @@ def _numbers(keys: tuple[str, ...], number: dict[str, int]) -> NDArray[np.int64]
 
 
 def pack(
-    recipe: Recipe, runs: Iterable[Run], rows_per_block: int, seen: frozenset[str] = frozenset()
+    recipe: Recipe,
+    runs: Iterable[Run],
+    rows_per_block: int,
+    seen: frozenset[str] = frozenset(),
+    generation: int = 1,
 ) -> Iterator[BlockPlan]:
-    """Fill blocks with runs in order, splitting a run where a block is full. seen : as in `BlockPlan`."""
+    """Fill blocks with runs in order, splitting a run where a block is full.
+
+    seen, generation : as in `BlockPlan`.
+    """
     block: list[Run] = []
     room = rows_per_block
     for run in runs:
@@ -201,7 +213,7 @@ def pack(
             block.append(Run(run.key, first, take))
             first, left, room = first + take, left - take, room - take
             if not room:
-                yield BlockPlan(recipe, tuple(block), seen)
+                yield BlockPlan(recipe, tuple(block), seen, generation)
                 block, room = [], rows_per_block
     if block:
-        yield BlockPlan(recipe, tuple(block), seen)
+        yield BlockPlan(recipe, tuple(block), seen, generation)

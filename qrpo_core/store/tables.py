@@ -24,7 +24,7 @@ def in_order(table: pa.Table, plan: BlockPlan, where: str) -> pa.Table:
     if _is_in_order(table, plan):
         return table
     pairs = list(plan.pairs())
-    order = {pair: row for row, pair in enumerate(_pairs(table))}
+    order = {pair: row for row, pair in enumerate(row_pairs(table))}
     if len(table) != len(pairs) or any(pair not in order for pair in pairs):
         raise StoreError(f"{len(table)} rows were computed where {len(pairs)} were planned", where=where)
     return table.take(pa.array([order[pair] for pair in pairs], pa.int64()))
@@ -83,7 +83,7 @@ def first_difference(one: pa.Table, other: pa.Table) -> tuple[str, int] | None:
     """The first (row key, sample_index) at which two tables of the same rows in one order differ."""
     if one.equals(other):
         return None
-    pairs = _pairs(one)
+    pairs = row_pairs(one)
     for row, pair in enumerate(pairs):
         if not one.slice(row, 1).equals(other.slice(row, 1)):
             return pair
@@ -112,7 +112,8 @@ def _is_in_order(table: pa.Table, plan: BlockPlan) -> bool:
     return bool(row_keys(table).equals(pa.chunked_array([keys])))
 
 
-def _pairs(table: pa.Table) -> list[tuple[str, int]]:
+def row_pairs(table: pa.Table) -> list[tuple[str, int]]:
+    """(row key, sample_index) of every row."""
     keys, indices = row_keys(table).to_pylist(), table.column("sample_index").to_pylist()
     return list(zip(keys, indices, strict=True))
 

@@ -130,7 +130,7 @@ class TestDamage:
     def test_a_manifest_of_a_newer_format_is_left_alone(self, objects: Objects) -> None:
         fill(Blocks(objects), {"p": range(2)})
         (block,) = Blocks(objects).committed(RECIPE)
-        raw = json.loads(objects.read(block.index)) | {"format": 2}
+        raw = json.loads(objects.read(block.index)) | {"format": 3}
         objects.write(block.index, json.dumps(raw).encode())
         with pytest.raises(StoreError, match="another format"):
             Blocks(objects).plan(RECIPE, {"p": range(2)}, 2)

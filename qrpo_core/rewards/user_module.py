@@ -1,0 +1,123 @@
+"""The module of a user's reward function: the file of the working directory comes first, whatever its name.
+
+A file that has the name of one of our packages (`tasks.py`), or of any module that Python would find first,
+is loaded from where it lies under a name of its own, so that neither hides the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+from qrpo_core.ids import digest_json
+
+#: The packages of this project, and the folder that holds them.
+_OURS, _HOME = ("flows", "tasks", "qrpo_core"), Path(__file__).resolve().parents[2]
+
+
+class NotFound(Exception):
+    """There is no such module."""
+
+
+class NoFile(Exception):
+    """A module that has no file, such as a package's folder."""
+
+
+def find_file(name: str) -> Path:
+    """The file of a module (`package.module`), or the file itself (`folder/rewards.py`).
+
+    NotFound or NoFile if there is none. The module is not run; packages that it stands in are imported.
+    """
+    own = _own_file(name)
+    if own is not None:
+        return own
+    if name.endswith(".py"):
+        raise NotFound(f"no file {name}")
+    spec = _spec(name)
+    if spec is None:
+        raise NotFound("not found")
+    if not spec.origin or not Path(spec.origin).is_file():
+        raise NoFile(name)
+    return Path(spec.origin)
+
+
+def load(name: str) -> ModuleType:
+    """The module of `find_file`, imported once. Raises whatever its import raises."""
+    own = _own_file(name)
+    if own is None or (not name.endswith(".py") and _is_found(name, own)):
+        return importlib.import_module(name)
+    if name.endswith(".py"):
+        _importable(own.parent)
+        return _load_as(own.parent, [own.stem])
+    return _load_as(Path.cwd(), name.split("."))
+
+
+def _own_file(name: str) -> Path | None:
+    """The file that the working directory has of a module; None if it has none."""
+    _importable(Path.cwd())
+    if name.endswith(".py"):
+        path = Path(name).expanduser().resolve()
+        return path if path.is_file() else None
+    path = Path.cwd().joinpath(*name.split("."))
+    candidates = (path / "__init__.py", path.with_name(f"{path.name}.py"))
+    return next((each for each in candidates if each.is_file()), None)
+
+
+def _is_found(name: str, own: Path) -> bool:
+    """Whether an ordinary import gives this file."""
+    try:
+        spec = _spec(name)
+    except ImportError:
+        return False
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == own.resolve()
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    importlib.invalidate_caches()
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a module in sys.modules that has no spec
+        return None
+
+
+def _load_as(folder: Path, parts: list[str]) -> ModuleType:
+    """Import folder/part/part/... under a private name; a package that it stands in is private as well."""
+    top, *below = parts
+    private = f"qrpo_user_{digest_json(str(folder))[:8]}_{top}"
+    if private not in sys.modules:
+        package = folder / top
+        if package.is_dir() and (below or (package / "__init__.py").is_file()):
+            file = package / "__init__.py"
+            spec = importlib.util.spec_from_file_location(
+                private, file if file.is_file() else None, submodule_search_locations=[str(package)]
+            ) or ModuleSpec(private, None, is_package=True)
+            spec.submodule_search_locations = [str(package)]
+        else:
+            found = importlib.util.spec_from_file_location(private, folder / f"{top}.py")
+            assert found is not None  # its name ends with .py
+            spec = found
+        module = sys.modules[private] = importlib.util.module_from_spec(spec)
+        try:
+            if spec.loader is not None:
+                spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[private]
+            raise
+    return importlib.import_module(".".join([private, *below]))
+
+
+def _importable(folder: Path) -> None:
+    """Let modules of a folder be imported, before any other unless that would hide a package of ours."""
+    here = str(folder)
+    if here in sys.path or ("" in sys.path and here == os.getcwd()):
+        return
+    hides = any(
+        (folder / f"{name}.py").is_file() or ((folder / name).is_dir() and folder.resolve() != _HOME)
+        for name in _OURS
+    )
+    sys.path.insert(len(sys.path) if hides else 0, here)
