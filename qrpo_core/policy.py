@@ -24,6 +24,7 @@ from qrpo_core.config import ModelConfig
 from qrpo_core.errors import ModelError
 from qrpo_core.ids import digest_file, digest_json
 from qrpo_core.store.artifacts import cache_directory
+from qrpo_core.template_clock import folder_reads_clock
 
 PACKAGE_PREFIX = "package:"
 
@@ -65,11 +66,14 @@ class ModelSource:
     kind : a directory, a GGUF file, or a hub model.
     location : the path, or the hub id.
     identity : JSON-ready; content digests of local files, the commit of a hub model. Never a path.
+    reads_clock : whether the chat template of a directory or hub model asks for the time; a GGUF's is looked
+        at when it is converted.
     """
 
     kind: Literal["directory", "gguf", "hub"]
     location: str
     identity: dict[str, str]
+    reads_clock: bool = False
 
     @property
     def needs_materialising(self) -> bool:
@@ -106,14 +110,15 @@ def resolve_model(config: ModelConfig) -> ModelSource:
     if local.is_dir():
         _check_directory(local, path)
         identity = {"kind": "directory", "digest": policy_digest(local)}
-        return ModelSource("directory", str(local.resolve()), identity)
+        return ModelSource("directory", str(local.resolve()), identity, folder_reads_clock(local))
     if local.exists():
         raise ModelError(f"model.path {path!r} is a file", remedy="give its directory, or a .gguf file")
     if not _HUB_ID.fullmatch(path):
         raise ModelError(f"no model directory {path!r}", remedy="give a directory, a .gguf file or a hub id")
     folder = _snapshot(path, config.revision, [name for name in POLICY_FILES if name not in WEIGHT_FILES])
     _check_directory(folder, path, weights=False)
-    return ModelSource("hub", path, {"kind": "hub", "repository": path, "commit": folder.name})
+    identity = {"kind": "hub", "repository": path, "commit": folder.name}
+    return ModelSource("hub", path, identity, folder_reads_clock(folder))
 
 
 def materialise(source: ModelSource, dtype: str, out_dir: Path) -> None:

@@ -178,7 +178,9 @@ def _stored_reference(workspace: Workspace) -> Policy:
 
 def budget_recipes(workspace: Workspace) -> tuple[Recipe, Recipe]:
     """The recipes of references and of their rewards, by which a budget is named; it is not read for that."""
-    samples = sample_recipe(workspace, _stored_reference(workspace).digest)
+    reference = _stored_reference(workspace)
+    prompts.settle_day(workspace, workspace.artifacts.find(prompts.recipe(workspace)))
+    samples = sample_recipe(workspace, reference)
     return samples, reward_recipe(workspace, samples)
 
 
