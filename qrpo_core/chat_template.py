@@ -34,6 +34,8 @@ THINKING = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
 
+#: What may stand between the opening of a turn and its text.
+_ROLE = "(?:system|developer|user|assistant|model|tool)?"
 #: Words that a template is tried with; no template writes them itself.
 _USER, _ANSWER, _NEXT = "Q7user", "Q7answer", "Q7next"
 
@@ -253,7 +255,7 @@ class ChatTemplate:
         end = _any_of([token for token in self.turn_tokens if token not in opens]).pattern
         forms = [
             rf"\A\s*(?:(?:{end})\s*)*({opening})",
-            rf"({opening})\s*\w*\s*(?:{opening})?\s*\Z",
+            rf"({opening})\s*{_ROLE}\s*(?:{opening})?\s*\Z",
             rf"(?:{end})\s*({opening})",
         ]
         if answer:

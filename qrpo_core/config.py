@@ -66,7 +66,7 @@ class ModelConfig(Section):
     )
     chat_template_kwargs: TemplateVariables = Field(
         {},
-        description="What the chat template is given beside the conversation, such as enable_thinking: false.",
+        description="What the chat template is given beside the messages, such as enable_thinking: false.",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import mmap
 import os
 import re
@@ -22,9 +23,12 @@ from typing import Any, Literal
 
 from qrpo_core.config import ModelConfig
 from qrpo_core.errors import ModelError
+from qrpo_core.gguf_tokenizer import honour_split
 from qrpo_core.ids import digest_file, digest_json
 from qrpo_core.store.artifacts import cache_directory
 from qrpo_core.template_clock import folder_reads_clock
+
+_logger = logging.getLogger("qrpo.policy")
 
 PACKAGE_PREFIX = "package:"
 
@@ -121,11 +125,13 @@ def resolve_model(config: ModelConfig) -> ModelSource:
     return ModelSource("hub", path, identity, folder_reads_clock(folder))
 
 
-def materialise(source: ModelSource, dtype: str, out_dir: Path) -> None:
+def materialise(source: ModelSource, dtype: str, out_dir: Path) -> dict[str, str]:
     """Write a GGUF source as a directory that `from_pretrained` loads: safetensors, tokenizer, template.
 
     dtype : "bfloat16" or "float32", of the weights written. Quantised weights are unpacked, so the policy
         is the one that the GGUF file computes with, not the model that was quantised.
+
+    Returns what `gguf_tokenizer.honour_split` found; a `note` in it is logged as a warning, too.
     """
     if source.kind != "gguf":
         raise ModelError(f"a {source.kind} source is loaded as it is", where=source.location)
@@ -146,9 +152,13 @@ def materialise(source: ModelSource, dtype: str, out_dir: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             str(file.parent), gguf_file=file.name, local_files_only=True
         )
+        split = honour_split(tokenizer, file)
         model.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
     _check_directory(out_dir, source.location)
+    if note := split.get("note"):
+        _logger.warning("%s: %s", file.name, note)
+    return split
 
 
 def policy_digest(directory: Path) -> str:

@@ -46,9 +46,11 @@ Day = Annotated[
 
 #: Arguments of transformers' apply_chat_template that are no variables of a template.
 _NOT_FOR_TEMPLATES = frozenset(
-    "add_generation_prompt chat_template continue_final_message conversation max_length messages padding "
-    "return_assistant_tokens_mask return_dict return_tensors sanitize_control_tokens tokenize "
-    "tokenizer_kwargs truncation".split()
+    {
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length"),
+        *("messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+        *("sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation"),
+    }
 )
 
 
@@ -62,7 +64,7 @@ def _for_a_template(values: dict[str, Any]) -> dict[str, Any]:
             kept = False
         if not kept:
             raise ValueError(
-                f"{name}: {value!r} is of type {type(value).__name__} and no JSON value; write a date in quotes"
+                f"{name}: {value!r} ({type(value).__name__}) is no JSON value; a date stands in quotes"
             )
     return values
 

@@ -97,15 +97,15 @@ class Chat:
         """The conversation and the opening of the assistant's turn, with one BOS where the model has one.
 
         What messages spell like control tokens is encoded as `chat_template` says. Raises DataError naming
-        the prompt where the template refuses the conversation, drops or changes a system or user turn, or where a
-        turn carries the template already; ModelError where the template has no generation prompt or writes
-        BOS twice.
+        the prompt where the template refuses the conversation, drops or changes a system or user turn, or
+        where a turn carries the template already; ModelError where the template has no generation prompt or
+        writes BOS twice.
         """
         self.check()
         text = self._render(messages, opening=True)
         for turn in messages:
             self._refuse_carried(turn["role"], turn["content"], messages)
-            if turn["role"] != "assistant" and turn["content"].strip() not in text:
+            if turn["role"] != "assistant" and not self._within(turn["content"], text):
                 raise self._unusable(
                     f"drops or changes the {turn['role']} turn {turn['content'][:40]!r}",
                     messages,
@@ -143,12 +143,19 @@ class Chat:
         self.check()
         self._refuse_carried("answer", text, messages)
         prompt = self._marked(messages, opening=True)
+        opened = _opened(prompt)
+        if opened is not None and text.lstrip().startswith(opened.mark) and opened.closes not in text:
+            raise DataError(
+                f"the answer opens its thinking with {opened.mark} and never closes it",
+                where=f"prompt {prompt_id(messages)}",
+                remedy=f"close it with {opened.closes} before the answer, or leave the row out",
+            )
         whole = self._answered(messages, text)
         if whole.startswith(prompt):
             tail = whole.removeprefix(prompt)
-            if not holds(self._template.unmarked(tail), text):
+            if not holds(self._template.unmarked(tail), self._template.unmarked(text)):
                 raise self._unusable(f"drops or changes the answer {text[:40]!r}", messages)
-        elif (opened := _opened(prompt)) is not None:
+        elif opened is not None:
             tail = self._continue_thinking(text, messages, opened)
         else:
             raise self._unusable("does not begin prompt and answer with the prompt", messages)
@@ -176,16 +183,9 @@ class Chat:
         if not whole.startswith(opened.head):
             raise self._unusable("does not begin prompt and answer with the prompt", messages)
         tail = whole.removeprefix(opened.head)
-        shown = answer.strip()
-        if shown not in self._template.unmarked(tail):
+        if not self._within(answer, tail):
             raise self._unusable(f"drops or changes the answer {answer[:40]!r}", messages)
         if thinking is None:
-            if opened.mark in answer:
-                raise DataError(
-                    f"the answer opens its thinking with {opened.mark} and never closes it",
-                    where=f"prompt {prompt_id(messages)}",
-                    remedy=f"close it with {opened.closes} before the answer, or leave the row out",
-                )
             line = "\n" if "\n" in opened.space else ""
             return f"{line}{opened.closes}{2 * line}{tail}"
         thinking = thinking.lstrip().removeprefix(opened.mark) if opened.mark in thinking else thinking
@@ -226,6 +226,11 @@ class Chat:
                 remedy="remove one from the template; prompts must not carry the template already",
             )
         return [self._bos, *ids] if self._adds_bos and ids[:1] != [self._bos] else ids
+
+    def _within(self, content: str, text: str) -> bool:
+        """Whether a text holds the content of a message; spaces around it are the template's."""
+        unmarked = self._template.unmarked
+        return unmarked(content).strip() in unmarked(text)
 
     def _refuse_carried(self, role: str, text: str, messages: Messages) -> None:
         token = self._template.carried(text, answer=role in ("answer", "assistant"))

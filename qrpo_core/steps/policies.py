@@ -15,7 +15,7 @@ from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
 from qrpo_core.template_clock import folder_reads_clock
 
-VERSION = 1
+VERSION = 2
 
 #: Folder of LoRA adapters in the directory of the policy that they were merged into.
 ADAPTER = "adapter"
@@ -60,8 +60,8 @@ def convert(workspace: Workspace, source: ModelSource) -> Manifest:
 
     def build(scratch: Path) -> Built:
         folder = scratch / "policy"
-        materialise(source, workspace.experiment.model.dtype, folder)
-        return folder_files(folder), {"source": source.identity}
+        split = materialise(source, workspace.experiment.model.dtype, folder)
+        return folder_files(folder), {"source": source.identity, **split}
 
     return workspace.make(recipe(workspace, source), build)
 

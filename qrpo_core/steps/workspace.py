@@ -103,7 +103,7 @@ class Workspace:
         return self._reward[1]
 
     def dated(self, scorer: RewardConfig) -> RewardConfig:
-        """The scorer with the day of the prompts where a model in it has a template that asks for the time."""
+        """The scorer with the day of the prompts, where a chat template in it asks for the time."""
         from qrpo_core.rewards.model_source import dated
 
         return dated(scorer, self.day)
