@@ -47,7 +47,7 @@ def test_every_directive_is_strftimes(day: date, directive: str) -> None:
         "{{- 'z' }}",
         "  {{ 'q' }}",
         "{%- if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{%- endif %}\n{{ d }}",
-        "{% macro m(f) %}{{ strftime_now(f) ~ '!' }}{% endmacro %}{% for x in [1] %}{{ m('%Y') }}{% endfor %}",
+        "{% macro m(f) %}{{ strftime_now(f) ~ '!' }}{% endmacro %}{% if 1 %}{{ m('%Y') }}{% endif %}",
     ],
 )
 def test_all_else_of_a_template_is_as_before(template: str) -> None:

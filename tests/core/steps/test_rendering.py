@@ -25,7 +25,8 @@ DATED = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPOKEN = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' + (tone | default('')) }}{% endif %}"
 )
 
