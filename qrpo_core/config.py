@@ -20,6 +20,7 @@ from qrpo_core.section import (
     PositiveInt,
     Section,
     Speed,
+    TemplateVariables,
     recipe_fields,
 )
 from qrpo_core.train.config import ObjectiveConfig, RoundsConfig, TrainingConfig, TrainingDataConfig
@@ -62,6 +63,10 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Precision of the weights, as stored and as sampled from."
+    )
+    chat_template_kwargs: TemplateVariables = Field(
+        {},
+        description="What the chat template is given beside the messages, such as enable_thinking: false.",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import mmap
 import os
 import re
@@ -22,8 +23,12 @@ from typing import Any, Literal
 
 from qrpo_core.config import ModelConfig
 from qrpo_core.errors import ModelError
+from qrpo_core.gguf_tokenizer import honour_split
 from qrpo_core.ids import digest_file, digest_json
 from qrpo_core.store.artifacts import cache_directory
+from qrpo_core.template_clock import folder_reads_clock
+
+_logger = logging.getLogger("qrpo.policy")
 
 PACKAGE_PREFIX = "package:"
 
@@ -66,11 +71,14 @@ class ModelSource:
     kind : a directory, a GGUF file, or a hub model.
     location : the path, or the hub id.
     identity : JSON-ready; content digests of local files, the commit of a hub model. Never a path.
+    reads_clock : whether the chat template of a directory or hub model asks for the time; a GGUF's is looked
+        at when it is converted.
     """
 
     kind: Literal["directory", "gguf", "hub"]
     location: str
     identity: dict[str, str]
+    reads_clock: bool = False
 
     @property
     def needs_materialising(self) -> bool:
@@ -117,21 +125,24 @@ def resolve_model(config: ModelConfig) -> ModelSource:
     if local.is_dir():
         _check_directory(local, path)
         identity = {"kind": "directory", "digest": policy_digest(local)}
-        return ModelSource("directory", str(local.resolve()), identity)
+        return ModelSource("directory", str(local.resolve()), identity, folder_reads_clock(local))
     if local.exists():
         raise ModelError(f"model.path {path!r} is a file", remedy="give its directory, or a .gguf file")
     if not _HUB_ID.fullmatch(path):
         raise ModelError(f"no model directory {path!r}", remedy="give a directory, a .gguf file or a hub id")
     folder = _snapshot(path, config.revision, _SETTINGS_FILES)
     _check_directory(folder, path, weights=False)
-    return ModelSource("hub", path, {"kind": "hub", "repository": path, "commit": folder.name})
+    identity = {"kind": "hub", "repository": path, "commit": folder.name}
+    return ModelSource("hub", path, identity, folder_reads_clock(folder))
 
 
-def materialise(source: ModelSource, dtype: str, out_dir: Path) -> None:
+def materialise(source: ModelSource, dtype: str, out_dir: Path) -> dict[str, str]:
     """Write a GGUF source as a directory that `from_pretrained` loads: safetensors, tokenizer, template.
 
     dtype : "bfloat16" or "float32", of the weights written. Quantised weights are unpacked, so the policy
         is the one that the GGUF file computes with, not the model that was quantised.
+
+    Returns what `gguf_tokenizer.honour_split` found; a `note` in it is logged as a warning, too.
     """
     if source.kind != "gguf":
         raise ModelError(f"a {source.kind} source is loaded as it is", where=source.location)
@@ -152,9 +163,13 @@ def materialise(source: ModelSource, dtype: str, out_dir: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             str(file.parent), gguf_file=file.name, local_files_only=True
         )
+        split = honour_split(tokenizer, file)
         model.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
     _check_directory(out_dir, source.location)
+    if note := split.get("note"):
+        _logger.warning("%s: %s", file.name, note)
+    return split
 
 
 def policy_digest(directory: Path) -> str:

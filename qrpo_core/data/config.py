@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qrpo_core.section import Fraction, PositiveInt, Section, Speed, changed_fields
+from qrpo_core.section import Day, Fraction, PositiveInt, Section, Speed, changed_fields
 
 #: Parts of names that commonly grade the other way round; such a name needs a sign.
 _LESS_IS_OFTEN_BETTER = frozenset(
@@ -29,6 +29,12 @@ class PromptsConfig(Section):
     )
     system: str | None = Field(None, description="System turn put before prompts that have none.")
     limit: PositiveInt | None = Field(None, description="Take at most this many prompts, in source order.")
+    date: Day | None = Field(
+        None,
+        description="The day that chat templates take for today, YYYY-MM-DD; null: the day (UTC) on which "
+        "these prompts were first stored.",
+        json_schema_extra=Speed,  # what a template that reads it makes has it in its recipe: steps.policies
+    )
     on_unusable: Literal["refuse", "skip"] = Field(
         "refuse",
         description="Rows that cannot be used (unreadable, too long for the model, refused by the chat "
@@ -191,4 +197,4 @@ def _prompt_fields(kind: str) -> set[str]:
         "file": {"path"} | read,
         "hub": {"name", "revision", "subset", "split", "streaming"} | read,
     }[kind]
-    return own | {"kind", "held_out", "system", "limit", "on_unusable"}
+    return own | {"kind", "held_out", "system", "limit", "date", "on_unusable"}

@@ -16,6 +16,7 @@ from qrpo_core.data.config import PromptsConfig
 from qrpo_core.data.fields import ABSENT, column, field, kind, lookup, nearest
 from qrpo_core.data.grades import Grade, grades_of
 from qrpo_core.data.messages import Message, is_message, read_messages
+from qrpo_core.data.prerendered import refuse_prerendered
 from qrpo_core.data.strings import read_string
 from qrpo_core.errors import DataError
 
@@ -43,9 +44,9 @@ class Row:
 def parse_row(row: Mapping[str, Any], source: str, config: PromptsConfig, notes: Counter[str]) -> Row:
     """Read one mapping of a file or a hub data set by the field names of the config.
 
-    Raises DataError at `source` for a missing field, a prompt of the wrong shape, or completions that do
-    not answer the prompt. `notes` counts rows without reference where a field for it is named, and what
-    `read_completions` counts.
+    Raises DataError at `source` for a missing field, a prompt of the wrong shape, completions that do not
+    answer the prompt, or a text that carries a chat template already. `notes` counts rows without reference
+    where a field for it is named, and what `read_completions` counts.
     """
     reference = None
     if config.reference_field is not None:
@@ -72,6 +73,11 @@ def parse_row(row: Mapping[str, Any], source: str, config: PromptsConfig, notes:
             messages = prefix
     messages = _with_system(messages, row, source, config)
     check_prompt(messages, source, config.prompt_field)
+    for message in messages:
+        what = f"the {message['role']} turn {message['content'].strip()[:40]!r}"
+        refuse_prerendered(message["content"], what, source, answer=message["role"] == "assistant")
+    for completion in completions:
+        refuse_prerendered(completion.text, completion.place, source, answer=True)
     if config.completion_fields:
         return Row(messages, source, reference, completions=tuple(completions))
     pair = (completions[0], completions[1]) if completions else None

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qrpo_core.section import (
+    Day,
+    Later,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -75,6 +77,11 @@ class ModelRewardConfig(Section):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Precision of the weights.")
     max_length: PositiveInt | None = Field(
         None, description="Longest input in tokens, longer ones have status too_long; null: the model's own."
+    )
+    date: Day | None = Field(
+        None,
+        description="The day that its chat template takes for today, YYYY-MM-DD; null: that of the prompts.",
+        json_schema_extra=Later,
     )
     batch_tokens: PositiveInt = Field(
         16384,

@@ -84,7 +84,7 @@ class ModelReward:
             folder = locate(self._config).directory
             tokenizer = load_tokenizer(folder, self._config)
             # Before the weights: what the template refuses is known sooner.
-            texts = Conversations(tokenizer, str(folder))
+            texts = Conversations(tokenizer, str(folder), day=self._config.date)
             self._loaded = texts, Classifier(folder, self._config, tokenizer)
         return self._loaded
 

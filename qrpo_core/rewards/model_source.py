@@ -15,7 +15,7 @@ from qrpo_core.config import ModelConfig
 from qrpo_core.errors import ConfigError, ModelError
 from qrpo_core.ids import digest_file, digest_json
 from qrpo_core.policy import PACKAGE_PREFIX, ModelSource, resolve_model
-from qrpo_core.rewards.config import ModelRewardConfig
+from qrpo_core.rewards.config import ModelRewardConfig, RewardConfig
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 #: Where a model says that it brings code, and for which of the classes that are loaded here.
@@ -72,6 +72,16 @@ def model_identity(config: ModelRewardConfig) -> dict[str, str]:
         files = sorted(root.rglob("*.py"))
         identity["code"] = digest_json({str(file.relative_to(root)): digest_file(file) for file in files})
     return identity
+
+
+def dated(config: RewardConfig, day: str) -> RewardConfig:
+    """The reward with `day` as the date of every model that has none and whose template asks for one."""
+    if config.model is not None and config.model.date is None and locate(config.model).reads_clock:
+        return config.model_copy(update={"model": config.model.model_copy(update={"date": day})})
+    if config.terms:
+        terms = [t.model_copy(update={"reward": dated(t.reward, day)}) for t in config.terms]
+        return config.model_copy(update={"terms": tuple(terms)})
+    return config
 
 
 def brings_code(folder: Path) -> bool:

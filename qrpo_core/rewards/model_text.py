@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qrpo_core.chat_template import ChatTemplate, holds
 from qrpo_core.errors import DataError, ModelError
 from qrpo_core.rewards.base import RewardRequest
 
@@ -12,19 +13,23 @@ class Conversations:
     """Applies a classifier's own chat template: prompt and completion, no opening of another turn.
 
     One BOS (or [CLS]) where the tokenizer has one: the template's, else the tokenizer's, which then also
-    adds what it would write at the end (as [SEP]). Text that looks like a control token is encoded as text.
+    adds what it would write at the end (as [SEP]). Text that looks like a control token is encoded as
+    `chat_template` says: as text in the prompt, and in the completion where it would end the turn.
+
+    day : what the template takes for today; see `ChatTemplate`.
 
     Raises ModelError for a tokenizer without a chat template.
     """
 
-    def __init__(self, tokenizer: Any, where: str) -> None:
-        self._tokenizer, self._where = tokenizer, where
+    def __init__(self, tokenizer: Any, where: str, *, day: str | None = None) -> None:
+        self._where = where
         if not tokenizer.chat_template:
             raise ModelError(
                 "no chat template, which says how the model reads a conversation",
                 where=where,
                 remedy="put the chat_template.jinja that it was trained with beside its tokenizer",
             )
+        self._template = ChatTemplate(tokenizer, where, day=day)
         bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         full: list[int] = tokenizer("a")["input_ids"]
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
@@ -39,10 +44,9 @@ class Conversations:
         """
         turns = [{"role": role, "content": content} for role, content in request.messages]
         turns.append({"role": "assistant", "content": request.text})
-        self._check_text(self._render(turns, request.prompt_id), turns)
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=False, return_dict=False, sanitize_control_tokens=True
-        )
+        marked = self._marked(turns, request.prompt_id)
+        self._check_text(self._template.unmarked(marked), turns)
+        ids = self._template.tokens(marked)
         before = self._before
         if before and ids[: len(before)] != before:
             ids = [*before, *ids, *self._after]
@@ -64,18 +68,19 @@ class Conversations:
                     where=self._where,
                     remedy="use a template that keeps it, or leave that turn out of the prompts",
                 )
-        if turns[-1]["content"].strip() not in text:
+        if not holds(text, turns[-1]["content"]):
             raise ValueError("the reward model's chat template drops or changes the completion")
 
-    def _render(self, turns: list[dict[str, str]], prompt_id: str) -> str:
+    def _marked(self, turns: list[dict[str, str]], prompt_id: str) -> str:
         from jinja2.exceptions import TemplateError
 
         try:
-            text: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
+            return self._template.marked(turns, opening=False)
+        except DataError as error:  # of this row's text
+            raise ValueError(error.message) from None
         except TemplateError as error:
             raise DataError(
                 f"the reward model's chat template refuses the conversation ({error})",
                 where=f"prompt {prompt_id}, {self._where}",
                 remedy="turns are usually system, user, assistant, user, ...; some templates take no system",
             ) from None
-        return text

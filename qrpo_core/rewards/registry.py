@@ -21,7 +21,7 @@ SCORER_VERSIONS = {
     "sentiment": 1,
     "length": 1,
     "weighted": 1,
-    "model": 1,
+    "model": 2,
     "code": 2,
     "judge": 2,
     "python": 1,

@@ -23,12 +23,12 @@ from qrpo_core.rewards.registry import reward_identity
 from qrpo_core.steps import budgets
 from qrpo_core.steps.budgets import Budget
 from qrpo_core.steps.completions import Completions
-from qrpo_core.steps.policies import ADAPTER, Policy
+from qrpo_core.steps.policies import ADAPTER, Policy, rendering
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import BlockPlan, Wanted, row_key
 from qrpo_core.store.recipe import Recipe
 
-SAMPLE_VERSION = 1
+SAMPLE_VERSION = 2
 REWARD_VERSION = 2
 LOGPROB_VERSION = 1
 
@@ -36,11 +36,13 @@ LOGPROB_VERSION = 1
 _KL_PRECISION = "fp32"
 
 
-def sample_recipe(workspace: Workspace, policy_digest: str) -> Recipe:
-    """Decided by the policy and the settings of the draw; which engine drew a row is a column."""
+def sample_recipe(workspace: Workspace, policy: Policy) -> Recipe:
+    """Decided by the policy, the settings of the draw and what its template is given; which engine drew a row
+    is a column."""
     experiment = workspace.experiment
     config = recipe_fields(experiment.sampling) | {"dtype": experiment.model.dtype}
-    return Recipe("sample", SAMPLE_VERSION, config, {"policy": drawn_from(experiment, policy_digest)})
+    config |= rendering(workspace, policy)
+    return Recipe("sample", SAMPLE_VERSION, config, {"policy": drawn_from(experiment, policy.digest)})
 
 
 def drawn_from(experiment: Experiment, policy_digest: str) -> str:
@@ -59,7 +61,7 @@ def drawn_from(experiment: Experiment, policy_digest: str) -> str:
 
 def reward_recipe(workspace: Workspace, texts: Recipe, scorer: RewardConfig | None = None) -> Recipe:
     """Decided by the scorer (None: the experiment's) and the texts that it scores."""
-    config = reward_identity(scorer or workspace.experiment.reward)
+    config = reward_identity(workspace.dated(scorer or workspace.experiment.reward))
     return Recipe("reward", REWARD_VERSION, config, {"completions": texts.key})
 
 
@@ -130,7 +132,7 @@ class SampleStep:
 
     @property
     def recipe(self) -> Recipe:
-        return sample_recipe(self.workspace, self.policy.digest)
+        return sample_recipe(self.workspace, self.policy)
 
     @property
     def texts(self) -> Recipe:

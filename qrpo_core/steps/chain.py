@@ -199,7 +199,9 @@ def stored_reference(workspace: Workspace) -> Policy:
 
 def budget_recipes(workspace: Workspace) -> tuple[Recipe, Recipe]:
     """The recipes of references and of their rewards, by which a budget is named; it is not read for that."""
-    samples = sample_recipe(workspace, stored_reference(workspace).digest)
+    reference = stored_reference(workspace)
+    prompts.settle_day(workspace, workspace.artifacts.find(prompts.recipe(workspace)))
+    samples = sample_recipe(workspace, reference)
     return samples, reward_recipe(workspace, samples)
 
 

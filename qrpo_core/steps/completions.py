@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 from qrpo_core.data.chat import Messages
 from qrpo_core.errors import DataError
 from qrpo_core.records import REWARDS
-from qrpo_core.steps.policies import Policy
+from qrpo_core.steps.policies import Policy, rendering
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.blocks import Wanted
 from qrpo_core.store.recipe import Recipe
 
-OFFLINE_VERSION = 1
+#: Of the tokens of offline completions, and of their texts and grades.
+OFFLINE_VERSION, TEXT_VERSION = 2, 1
 UNSCORED_VERSION = 1
 
 
@@ -80,11 +81,12 @@ class OfflineCompletions:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe("offline", OFFLINE_VERSION, {}, {"policy": self.policy.digest})
+        given = rendering(self.workspace, self.policy)
+        return Recipe("offline", OFFLINE_VERSION, given, {"policy": self.policy.digest})
 
     @property
     def texts(self) -> Recipe:
-        return Recipe("offline_text", OFFLINE_VERSION, {}, {})
+        return Recipe("offline_text", TEXT_VERSION, {}, {})
 
     @property
     def extent(self) -> dict[str, Any]:
@@ -147,7 +149,7 @@ class GivenRewards:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe("given_rewards", OFFLINE_VERSION, {}, {})
+        return Recipe("given_rewards", TEXT_VERSION, {}, {})
 
     @property
     def unsettled(self) -> str:

@@ -19,6 +19,7 @@ from qrpo_core.engines.base import Progress, SampleRequest, SamplingParams, Scor
 from qrpo_core.errors import EngineError
 from qrpo_core.ids import sample_seed
 from qrpo_core.steps.blocks import SampleStep, drawn_from
+from qrpo_core.steps.policies import rendering
 from qrpo_core.steps.shares import ShareStep
 from qrpo_core.steps.workspace import Built
 from qrpo_core.store.artifacts import Manifest
@@ -57,6 +58,7 @@ class Gate:
             "dtype": experiment.model.dtype,
             "precision": experiment.training.precision,
         }
+        config |= rendering(self.step.workspace, self.step.policy)
         return Recipe("parity", VERSION, config, {"policy": drawn_from(experiment, self.step.policy.digest)})
 
     def build(self, progress: Progress) -> Manifest:

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qrpo_core.ids import digest_json
 from qrpo_core.policy import ModelSource, materialise, policy_digest, resolve_model
 from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
+from qrpo_core.template_clock import folder_reads_clock
 
-VERSION = 1
+VERSION = 2
 
 #: Folder of LoRA adapters in the directory of the policy that they were merged into.
 ADAPTER = "adapter"
@@ -27,12 +29,14 @@ class Policy:
     locate : fetches it if need be and says where it lies; planning never asks.
     start : the policy that training started from; None for one that was not trained here.
     adapted : whether it was trained with LoRA: then its adapters lie in `ADAPTER` of its directory.
+    reads_clock : whether its chat template asks for the time.
     """
 
     digest: str
     locate: Callable[[], Path]
     start: Policy | None = None
     adapted: bool = False
+    reads_clock: bool = False
 
     @property
     def directory(self) -> Path:
@@ -56,8 +60,8 @@ def convert(workspace: Workspace, source: ModelSource) -> Manifest:
 
     def build(scratch: Path) -> Built:
         folder = scratch / "policy"
-        materialise(source, workspace.experiment.model.dtype, folder)
-        return folder_files(folder), {"source": source.identity}
+        split = materialise(source, workspace.experiment.model.dtype, folder)
+        return folder_files(folder), {"source": source.identity, **split}
 
     return workspace.make(recipe(workspace, source), build)
 
@@ -65,7 +69,8 @@ def convert(workspace: Workspace, source: ModelSource) -> Manifest:
 def reference(workspace: Workspace, source: ModelSource) -> Policy | None:
     """The reference policy, or None while its conversion is still to be done."""
     if source.kind == "hub":
-        return Policy(digest_json(source.identity), cache(lambda: source.directory))
+        located = cache(lambda: source.directory)
+        return Policy(digest_json(source.identity), located, reads_clock=source.reads_clock)
     if not source.needs_materialising:
         return at(source.directory)
     manifest = workspace.artifacts.find(recipe(workspace, source))
@@ -81,7 +86,19 @@ def stored(workspace: Workspace, manifest: Manifest, start: Policy | None = None
 
 def at(directory: Path) -> Policy:
     """The policy of a local directory."""
-    return Policy(policy_digest(directory), lambda: directory)
+    clock = folder_reads_clock(directory)
+    return Policy(policy_digest(directory), lambda: directory, reads_clock=clock)
+
+
+def rendering(workspace: Workspace, policy: Policy) -> dict[str, Any]:
+    """What decides how a policy's template writes conversations, beside the policy; for recipes, JSON-ready.
+
+    Empty where nothing does: then the recipe is as if there were no such setting.
+    """
+    found: dict[str, Any] = {"date": workspace.day} if policy.reads_clock else {}
+    if variables := workspace.experiment.model.chat_template_kwargs:
+        found["chat_template_kwargs"] = variables
+    return found
 
 
 def folder_files(folder: Path) -> dict[str, Path | bytes]:

@@ -18,6 +18,7 @@ from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.objects import s3_options
 from qrpo_core.store.recipe import Recipe
+from qrpo_core.template_clock import today
 
 VERSION = 3
 
@@ -51,9 +52,20 @@ class PromptTables:
 
 def stored(workspace: Workspace, manifest: Manifest) -> PromptTables:
     """The tables of a prompts artifact that the experiment uses."""
+    settle_day(workspace, manifest)
     offline = load(workspace, manifest, "offline.parquet", OFFLINE) if _uses_offline(workspace) else None
     table = load(workspace, manifest, "prompts.parquet", PROMPTS)
     return PromptTables(table, offline, manifest.facts["counts"])
+
+
+def settle_day(workspace: Workspace, manifest: Manifest | None) -> None:
+    """Let chat templates take the day of the prompts artifact for today, unless the experiment names a day.
+
+    What is drawn and scored later is then rendered as what is there. Without an artifact it is today, the day
+    of the artifact that the run would make.
+    """
+    made = today() if manifest is None else manifest.created[:10]
+    workspace.day = workspace.experiment.prompts.date or made
 
 
 def _uses_offline(workspace: Workspace) -> bool:
@@ -65,6 +77,7 @@ def find(workspace: Workspace, asked: Recipe) -> PromptTables:
     manifest = workspace.artifacts.find(asked)
     if manifest is not None:
         return stored(workspace, manifest)
+    settle_day(workspace, None)
     source = read(workspace)
     return PromptTables(source.prompts, source.offline if _uses_offline(workspace) else None, source.counts)
 

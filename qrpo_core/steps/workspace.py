@@ -15,6 +15,7 @@ from qrpo_core.store.artifacts import Artifacts, Manifest
 from qrpo_core.store.blocks import Blocks
 from qrpo_core.store.objects import open_objects
 from qrpo_core.store.recipe import Recipe
+from qrpo_core.template_clock import today
 
 if TYPE_CHECKING:
     from qrpo_core.data.chat import Chat
@@ -35,7 +36,9 @@ class Workspace:
         self.blocks = Blocks(self.objects, experiment.store)
         #: Rows by recipe key that this process computed before the stage that they belong to.
         self.ahead: Counter[str] = Counter()
-        self._chats: dict[Path, Chat] = {}
+        #: The day that chat templates take for today; `steps.prompts` sets it to the prompts artifact's.
+        self.day = experiment.prompts.date or today()
+        self._chats: dict[tuple[Path, str], Chat] = {}
         self._engine: tuple[tuple[Any, ...], Engine] | None = None
         self._reward: tuple[RewardConfig, Reward] | None = None
 
@@ -50,12 +53,14 @@ class Workspace:
             return self.artifacts.commit(recipe, files, facts, time.monotonic() - started)
 
     def chat(self, directory: Path) -> Chat:
-        """The tokenizer and chat template of a policy's directory, loaded once."""
+        """The tokenizer and chat template of a policy's directory on the day of the prompts, loaded once."""
         from qrpo_core.data.chat import Chat
 
-        if directory not in self._chats:
-            self._chats[directory] = Chat.load(directory)
-        return self._chats[directory]
+        wanted = (directory, self.day)
+        if wanted not in self._chats:
+            variables = self.experiment.model.chat_template_kwargs
+            self._chats[wanted] = Chat.load(directory, day=self.day, variables=variables)
+        return self._chats[wanted]
 
     def engine(
         self, directory: Path, *, kind: str, precision: str | None = None, adapters: Path | None = None
@@ -89,13 +94,19 @@ class Workspace:
         """
         from qrpo_core.rewards.registry import make_reward
 
-        wanted = scorer or self.experiment.reward
+        wanted = self.dated(scorer or self.experiment.reward)
         if self._reward is None or self._reward[0] != wanted:
             self._close_reward()
             if has_kind(wanted, "model"):
                 self.close()
             self._reward = (wanted, make_reward(wanted))
         return self._reward[1]
+
+    def dated(self, scorer: RewardConfig) -> RewardConfig:
+        """The scorer with the day of the prompts, where a chat template in it asks for the time."""
+        from qrpo_core.rewards.model_source import dated
+
+        return dated(scorer, self.day)
 
     def close(self) -> None:
         """Give back the memory of the engine and of the reward."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qrpo_core.data.chat import Chat
@@ -17,12 +17,14 @@ from qrpo_core.ids import prompt_id
 HELLO = [{"role": "user", "content": "Hello"}]
 #: Characters that survive a trip through JSON and the tokenizer; text that looks like tokens is among them.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
-    ["<|end|>", "a<|bos|>b", " <|eos|> ", "<|assistant|>", " x ", "\n\n", "ünïcode 🙂"]
+    ["<|end|>?", "a<|bos|>b", " <|eos|>.", "a <|assistant|> b", " x ", "\n\n", "ünïcode 🙂"]
 )
 NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
 )
+
+OPENING = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 Make = Callable[..., Path]
 
@@ -95,31 +97,33 @@ class TestPrompts:
     @pytest.mark.parametrize("adds", [True, False])
     def test_one_bos_whoever_writes_it(self, chat_of: Callable[..., Chat], writes: bool, adds: bool) -> None:
         """From the template, from the tokenizer, from both: one. From neither: none."""
-        body = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|assistant|>"
+        body = "{% for m in messages %}{{ m['content'] }}{% endfor %}" + OPENING
         prompt = chat_of(("{{ bos_token }}" if writes else "") + body, add_bos=adds).prompt_token_ids(HELLO)
         assert prompt.count(256) == int(writes or adds)
         assert (prompt[0] == 256) == (writes or adds)
 
     def test_two_bos_are_refused(self, chat_of: Callable[..., Chat]) -> None:
-        chat = chat_of("{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}")
+        chat = chat_of("{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}" + OPENING)
         with pytest.raises(ModelError, match="two BOS"):
             chat.prompt_token_ids(HELLO)
 
     @given(text=TEXTS)
     def test_a_users_text_is_text(self, chat: Chat, text: str) -> None:
-        """Whatever a user writes, the control tokens of the prompt are those of the template."""
+        """Whatever a user writes, the control tokens of the prompt are those of the template; a text that is
+        a turn already is refused."""
+        assume(chat._template.carried(text) is None)
         prompt = chat.prompt_token_ids([{"role": "user", "content": text}])
         assert [token for token in prompt if token >= 256] == [256, 260, 258, 261]
 
     def test_a_refused_system_turn_is_named(self, chat_of: Callable[..., Chat]) -> None:
         chat = chat_of(NO_SYSTEM)
         assert chat.prompt_token_ids(HELLO)
-        with pytest.raises(ModelError, match=r"refuses a system turn \(System role not supported\)"):
+        with pytest.raises(DataError, match=r"refuses a system turn \(System role not supported\).*prompt "):
             chat.prompt_token_ids([{"role": "system", "content": "Be brief."}, *HELLO])
 
     def test_a_dropped_system_turn_is_refused(self, chat_of: Callable[..., Chat]) -> None:
         chat = chat_of("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}")
-        with pytest.raises(ModelError, match=r"drops or changes the system turn 'Be brief\.'"):
+        with pytest.raises(DataError, match=r"drops or changes the system turn 'Be brief\.'"):
             chat.prompt_token_ids([{"role": "system", "content": "Be brief."}, *HELLO])
 
     def test_the_opening_is_what_the_template_adds_behind_the_prompt(
@@ -132,6 +136,23 @@ class TestPrompts:
         )
         asked = [{"role": "user", "content": "What does <think> mean?"}]
         assert thinking.turn_opening(asked) == "<|assistant|><think>\n"
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}",
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}",
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}<|assistant|>",
+        ],
+    )
+    def test_a_template_without_generation_prompt_is_refused(
+        self, chat_of: Callable[..., Chat], template: str
+    ) -> None:
+        """The answer would begin with the header of its turn, which the model is never given to write."""
+        chat = chat_of(template)
+        for ask in (chat.check, lambda: chat.prompt_token_ids(HELLO), lambda: chat.encode_completion("Yes")):
+            with pytest.raises(ModelError, match=r"no generation prompt: it writes .*add_generation_prompt"):
+                ask()
 
     def test_a_refused_conversation_names_the_prompt(self, chat_of: Callable[..., Chat]) -> None:
         chat = chat_of("{{ raise_exception('roles must alternate') }}")
@@ -147,6 +168,7 @@ class TestCompletions:
 
     @given(text=TEXTS)
     def test_decoding_gives_the_text_back(self, chat: Chat, text: str) -> None:
+        assume(chat._template.carried(text, answer=True) is None)
         tokens = chat.encode_completion(text, HELLO)
         assert tokens[-1] == 258
         assert not set(tokens[:-1]) & set(chat.stop_token_ids)
@@ -165,7 +187,7 @@ class TestCompletions:
             "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>think{% endif %}"
         )
-        with pytest.raises(ModelError, match="does not begin prompt and answer with the prompt"):
+        with pytest.raises(DataError, match="does not begin prompt and answer with the prompt"):
             chat.encode_completion("Yes")
 
     def test_an_answer_without_end_token_is_refused(self, chat_of: Callable[..., Chat]) -> None:
@@ -176,7 +198,7 @@ class TestCompletions:
     def test_an_answer_that_the_template_cuts_is_refused(self, chat_of: Callable[..., Chat]) -> None:
         chat = chat_of("{% for m in messages %}{{ m['content'].split('</think>')[-1] }}<|end|>{% endfor %}")
         assert chat.encode_completion("Yes")
-        with pytest.raises(ModelError, match="drops or changes the answer 'hmm</think>Yes'"):
+        with pytest.raises(DataError, match="drops or changes the answer 'hmm</think>Yes'"):
             chat.encode_completion("hmm</think>Yes")
 
     def test_special_tokens_are_not_shown(self, chat: Chat) -> None:

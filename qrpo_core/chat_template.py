@@ -1,0 +1,325 @@
+"""A chat template with everything fixed that it could read elsewhere: the day, and the recipe's variables.
+
+The policy and reward models are read through this one class, so that a conversation has the same tokens in
+every stage, on every day and on every machine.
+
+Control tokens in messages
+--------------------------
+System and user turns are text: a control token that stands in them is encoded as the characters it is spelled
+with. Assistant turns are what the model writes: ``<think>`` or ``<tool_call>`` in them are the model's own
+tokens. Only the tokens that begin and end turns are spelled out there, too, because written as tokens they
+would end the turn early.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from qrpo_core.errors import DataError, ModelError
+from qrpo_core.ids import prompt_id
+from qrpo_core.template_clock import pin_date, reads_clock, today
+
+Messages = Sequence[Mapping[str, str]]
+
+#: Marks of thinking, as models spell them: what opens it and what closes it.
+THINKING = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+
+#: What may stand between the opening of a turn and its text.
+_ROLE = "(?:system|developer|user|assistant|model|tool)?"
+#: Words that a template is tried with; no template writes them itself.
+_USER, _ANSWER, _NEXT = "Q7user", "Q7answer", "Q7next"
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, on one day and with the recipe's variables.
+
+    Parameters
+    ----------
+    tokenizer : of transformers.
+    where : its directory, for messages.
+    day : what the template takes for today, YYYY-MM-DD; None is the day (UTC) on which this object is made.
+    variables : what the template is given besides the conversation, such as enable_thinking; JSON values.
+    ends : further token ids that end a turn, beside the tokenizer's end token.
+
+    Raises ModelError for a tokenizer without a chat template, and for a variable that the template does not
+    read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        where: str,
+        *,
+        day: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        ends: Sequence[int] = (),
+    ) -> None:
+        self._tokenizer, self._where = tokenizer, where
+        self._variables = dict(variables or {})
+        if not tokenizer.chat_template:
+            raise ModelError("no chat template", where=where, remedy="use an instruction-tuned model")
+        try:
+            self.text: str = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ModelError(str(error), where=where, remedy="name one of the templates 'default'") from None
+        for name in self._variables:
+            if not re.search(rf"\b{re.escape(name)}\b", self.text):
+                raise ModelError(
+                    f"the chat template does not read {name!r}",
+                    where=where,
+                    remedy="model.chat_template_kwargs may hold what the template reads alone",
+                )
+        self._pinned = pin_date(self.text, day or today()) if reads_clock(self.text) else self.text
+        self._ends = {tokenizer.convert_ids_to_tokens(token) for token in ends}
+
+    def render(self, turns: Messages, *, opening: bool) -> str:
+        """The text of a conversation. opening : with the opening of the assistant's next turn.
+
+        Raises jinja2's TemplateError where the template refuses, DataError for what is no JSON.
+        """
+        for turn in turns:
+            for key, value in turn.items():
+                if not isinstance(value, str):
+                    raise DataError(
+                        f"{key} of a message is {type(value).__name__} {value!r}",
+                        remedy="a message holds strings; write out dates and numbers",
+                    )
+        text: str = self._tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns],
+            chat_template=self._pinned,
+            tokenize=False,
+            add_generation_prompt=opening,
+            **self._variables,
+        )
+        return text
+
+    def marked(self, turns: Messages, *, opening: bool) -> str:
+        """As `render`, with marks around the control tokens that `tokens` shall spell out."""
+        text = self.render(turns, opening=opening)
+        inside = [
+            {**turn, "content": self.mark(turn["content"], assistant=turn["role"] == "assistant")}
+            for turn in turns
+        ]
+        if all(old["content"] == new["content"] for old, new in zip(turns, inside, strict=True)):
+            return text
+        if any(mark in turn["content"] for turn in turns for mark in self._marks):
+            raise DataError(
+                f"a message holds control tokens and the private character U+{ord(self._marks[0]):X} or next",
+                where=f"prompt {prompt_id(turns)}",
+                remedy="remove the character",
+            )
+        marked = self.render(inside, opening=opening)
+        if self.unmarked(marked) != text:
+            raise DataError(
+                "the chat template treats a message otherwise because it holds control tokens",
+                where=f"prompt {prompt_id(turns)}",
+                remedy="messages must not carry the template's own tokens; give their text alone",
+            )
+        return marked
+
+    def unmarked(self, text: str) -> str:
+        """The text without marks."""
+        for mark in self._marks:
+            text = text.replace(mark, "")
+        return text
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of rendered text: what stands between marks is spelled out, the rest is as it is."""
+        marked = any(mark in text for mark in self._marks) and self._has_marked(text)
+        try:
+            ids: list[int] = self._tokenizer(
+                text, add_special_tokens=False, **({"sanitize_control_tokens": True} if marked else {})
+            )["input_ids"]
+        except ValueError as error:  # the tokenizer writes the token for its spelling, too
+            raise DataError(str(error), remedy="messages must not hold this text") from None
+        return ids
+
+    def _has_marked(self, text: str) -> bool:
+        return re.search(f"{self._marks[0]}[^{self._marks[0]}]*{self._marks[1]}", text) is not None
+
+    def mark(self, text: str, *, assistant: bool) -> str:
+        """The text of a message with marks around what is spelled out in such a turn."""
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        pattern = self._turn_pattern if assistant else self._control_pattern
+        if not pattern.search(text):
+            return text
+        marked: str = mark_control_tokens(text, pattern)
+        return marked
+
+    @cached_property
+    def _marks(self) -> tuple[str, str]:
+        """The two private characters that transformers takes as marks."""
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        start, end = mark_control_tokens("x", re.compile("x")).split("x")
+        return start, end
+
+    @cached_property
+    def _control_tokens(self) -> tuple[str, ...]:
+        """Spellings that are text in system and user turns: special tokens, and what the template writes."""
+        listed = getattr(self._tokenizer, "chat_control_tokens", None)
+        return tuple(
+            token.content
+            for token in self._tokenizer.added_tokens_decoder.values()
+            if token.special
+            or (
+                token.content in listed
+                if listed is not None
+                else token.content in self.text and not token.content.isspace()
+            )
+        )
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return _any_of(self._control_tokens)
+
+    @cached_property
+    def _turn_pattern(self) -> re.Pattern[str]:
+        return _any_of(self.turn_tokens)
+
+    @cached_property
+    def turn_tokens(self) -> tuple[str, ...]:
+        """Control tokens that begin or end turns, as the template writes them around three turns."""
+        tokenizer = self._tokenizer
+        found = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, *self._ends}
+        for between in self._between:
+            found.update(self._control_pattern.findall(between))
+        marks = {mark for pair in THINKING for mark in pair}
+        known = set(self._control_tokens)
+        return tuple(sorted(token for token in found - marks if token in known))
+
+    @cached_property
+    def turn_openings(self) -> tuple[str, ...]:
+        """Those of `turn_tokens` that begin a turn."""
+        tokenizer = self._tokenizer
+        ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+        return tuple(token for token in self.turn_tokens if token not in ends | self._closing)
+
+    @cached_property
+    def _closing(self) -> set[str]:
+        """What the template writes first after a turn, where it ends turns by a token of its own."""
+        followed = [self._control_pattern.search(between) for between in self._between[:2]]
+        firsts = {match.group() for match in followed if match and len(followed) == 2}
+        # A token that comes first after a user's and after an assistant's turn is no role.
+        return firsts if len(firsts) == 1 else set()
+
+    @cached_property
+    def _between(self) -> list[str]:
+        """What the template writes after a user's turn, after an assistant's, and around a system turn."""
+        from jinja2.exceptions import TemplateError
+
+        three = [("user", _USER), ("assistant", _ANSWER), ("user", _NEXT)]
+        found: list[str] = []
+        try:
+            text = self.render(_turns(three), opening=False)
+            found += _pieces(text, _USER, _ANSWER) + _pieces(text, _ANSWER, _NEXT)
+            found += [text.partition(_NEXT)[2]]
+        except TemplateError:
+            pass  # refuses conversations of three turns
+        try:
+            text = self.render(_turns([("system", _ANSWER), ("user", _USER)]), opening=True)
+            head = self._control_pattern.findall(text.partition(_ANSWER)[0])
+            found += [*head[-1:], *_pieces(text, _ANSWER, _USER)]
+        except TemplateError:
+            pass  # takes no system turn
+        return found
+
+    @cached_property
+    def next_turn(self) -> str | None:
+        """The first control token after an assistant's turn that another turn follows; None for none."""
+        if len(self._between) < 2:
+            return None
+        found = self._control_pattern.search(self._between[1])
+        return found.group() if found else None
+
+    def carried(self, text: str, *, answer: bool = False) -> str | None:
+        """The control token by which a text carries this template already; None where it does not.
+
+        It does where it begins or ends with the opening of a turn, or holds the end of one and the opening of
+        another; an answer also where it ends with the end of a turn. A token that is merely spoken of is
+        spelled out.
+        """
+        opens = self.turn_openings
+        opening = _any_of(opens).pattern
+        end = _any_of([token for token in self.turn_tokens if token not in opens]).pattern
+        forms = [
+            rf"\A\s*(?:(?:{end})\s*)*({opening})",
+            rf"({opening})\s*{_ROLE}\s*(?:{opening})?\s*\Z",
+            rf"(?:{end})\s*({opening})",
+        ]
+        if answer:
+            forms.append(rf"({end})\s*\Z")
+        found = (re.search(form, text) for form in forms)
+        return next((match.group(1) for match in found if match), None)
+
+    def check_opening(self) -> None:
+        """Refuse (ModelError) a template that never opens the assistant's turn.
+
+        A template may leave it out where the answer follows the prompt at once: ``[INST] Hi [/INST]``.
+        """
+        from jinja2.exceptions import TemplateError
+
+        asked = _turns([("user", _USER)])
+        try:
+            prompt = self.render(asked, opening=True)
+            if prompt != self.render(asked, opening=False):
+                return
+            whole = self.render([*asked, {"role": "assistant", "content": _ANSWER}], opening=False)
+        except TemplateError:
+            return  # refuses these turns; each conversation is refused by itself
+        if not (whole.startswith(prompt) and whole[len(prompt) :].lstrip().startswith(_ANSWER)):
+            raise ModelError(
+                "the chat template has no generation prompt: it writes "
+                f"{whole.partition(_ANSWER)[0][-40:]!r} before an answer, and not after a prompt",
+                where=self._where,
+                remedy="give a template that opens the assistant's turn where add_generation_prompt is set",
+            )
+
+
+def thinking_of(text: str, closes: str) -> tuple[str | None, str]:
+    """An answer's thinking, without what closes it, and the rest; None and the whole where it has none."""
+    before, found, after = text.rpartition(closes)
+    return (before, after) if found else (None, text)
+
+
+def holds(tail: str, text: str) -> bool:
+    """Whether the template wrote the whole answer; spaces around it and around its thinking are free."""
+    if text.strip() in tail:
+        return True
+    for mark, closes in THINKING:
+        thinking, answer = thinking_of(text, closes)
+        if thinking is not None:
+            shown = thinking.strip().removeprefix(mark).strip()
+            before, found, after = tail.rpartition(closes)
+            return (
+                bool(found) and before.strip().removeprefix(mark).strip() == shown and answer.strip() in after
+            )
+    return False
+
+
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of them, longer ones first; nothing where there are none."""
+    longest = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)")
+
+
+def _turns(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def _pieces(text: str, before: str, after: str) -> list[str]:
+    """What stands between two words; nothing where one is missing."""
+    _, found, rest = text.partition(before)
+    piece, there, _ = rest.partition(after)
+    return [piece] if found and there else []

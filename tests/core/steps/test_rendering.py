@@ -1,0 +1,175 @@
+"""What chat templates are given beside the messages: in the recipes of what it decides, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qrpo_core import template_clock
+from qrpo_core.steps import prompts
+from qrpo_core.steps.chain import Chain, budget_recipes, stored_chain
+from qrpo_core.steps.workspace import Workspace
+from qrpo_core.store import artifacts
+
+DATED = (
+    "{{ bos_token + '<|system|>' + strftime_now('%d %b %Y') + '<|end|>' }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPOKEN = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' + (tone | default('')) }}{% endif %}"
+)
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Set the clock (UTC) of templates and of the store."""
+
+    def set_clock(moment: str) -> None:
+        now = datetime.fromisoformat(moment).replace(tzinfo=UTC)
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return now
+
+        monkeypatch.setattr(template_clock, "datetime", Clock)
+        monkeypatch.setattr(artifacts, "datetime", Clock)
+
+    return set_clock
+
+
+@pytest.fixture
+def dated(settings: dict[str, Any], make_tiny_model: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
+    """The experiment with a model whose template writes the day."""
+    folder = make_tiny_model(tmp_path / "dated", template=DATED)
+    return settings | {"model": settings["model"] | {"path": str(folder)}}
+
+
+def rendered(chain: Chain) -> set[str]:
+    """The different days in the prompts of the training set."""
+    training = chain.workspace.artifacts.get(chain.first.training_set)
+    from qrpo_core.records import TRAINING_SET
+    from qrpo_core.steps.tables import load
+
+    rows = load(chain.workspace, training, "training_set.parquet", TRAINING_SET)[
+        "prompt_token_ids"
+    ].to_pylist()
+    chat = chain.workspace.chat(chain.reference.directory)
+    return {chat.decode(row)[:11] for row in rows}
+
+
+def test_a_run_over_midnight_has_one_day(
+    dated: dict[str, Any], steps: Any, on: Callable[[str], None]
+) -> None:
+    """More references the next day are drawn from the same prompts, and nothing is computed twice."""
+    on("2024-07-05T23:59:59")
+    chain, computed = steps.precompute(steps.changed(dated))
+    drawn = computed["sample references"]
+    assert rendered(chain) == {"05 Jul 2024"}
+    on("2024-07-06T00:00:01")
+    again, computed = steps.precompute(steps.changed(dated))
+    assert set(computed.values()) == {0}
+    more, computed = steps.precompute(steps.changed(dated, sampling={"references_per_prompt": 4}))
+    assert computed["sample references"] == drawn // 3
+    assert rendered(more) == rendered(again) == {"05 Jul 2024"}
+    assert more.first.row_steps[0].recipe.key == chain.first.row_steps[0].recipe.key
+    assert budget_recipes(Workspace(steps.changed(dated)))[0].key == chain.first.row_steps[0].recipe.key
+
+
+def test_the_day_of_the_experiment_goes_before_that_of_the_artifact(
+    dated: dict[str, Any], steps: Any, on: Callable[[str], None]
+) -> None:
+    on("2024-07-05T12:00:00")
+    chain, _ = steps.precompute(steps.changed(dated))
+    named, computed = steps.precompute(steps.changed(dated, prompts={"date": "2020-02-29"}))
+    assert rendered(named) == {"29 Feb 2020"}
+    assert computed["sample references"] > 0
+    assert named.prompts.key == chain.prompts.key
+    same, computed = steps.precompute(steps.changed(dated, prompts={"date": "2024-07-05"}))
+    assert set(computed.values()) == {0}
+    assert same.first.train.key == chain.first.train.key
+
+
+def test_a_template_without_clock_has_the_recipes_that_it_had(
+    settings: dict[str, Any], steps: Any, on: Callable[[str], None]
+) -> None:
+    on("2024-07-05T12:00:00")
+    chain, _ = steps.precompute(steps.changed(settings))
+    named, computed = steps.precompute(steps.changed(settings, prompts={"date": "2020-02-29"}))
+    assert set(computed.values()) == {0}
+    config = named.first.row_steps[0].recipe.config
+    assert not config.keys() & {"date", "chat_template_kwargs"}
+    assert named.first.train.key == chain.first.train.key
+
+
+def test_variables_of_the_template_are_part_of_what_they_decide(
+    settings: dict[str, Any], steps: Any, make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_tiny_model(tmp_path / "spoken", template=SPOKEN)
+    settings = settings | {"model": settings["model"] | {"path": str(folder)}}
+    plain, _ = steps.precompute(steps.changed(settings))
+    kind, computed = steps.precompute(
+        steps.changed(settings, model={"chat_template_kwargs": {"tone": "Dear"}})
+    )
+    assert computed["sample references"] > 0
+    assert kind.prompts.key == plain.prompts.key
+    assert kind.first.row_steps[0].recipe.config["chat_template_kwargs"] == {"tone": "Dear"}
+    chat = kind.workspace.chat(kind.reference.directory)
+    assert chat.decode(chat.prompt_token_ids([{"role": "user", "content": "Hi"}])) == "HiDear"
+
+
+def test_two_time_zones_make_one_set_of_rows(dated: dict[str, Any], steps: Any, tmp_path: Path) -> None:
+    """Half of the rows on a clock where it is always another day than on the clock of the other half."""
+    code = (
+        "import json, sys, datetime\n"
+        "from qrpo_core.experiments import parse_experiment\n"
+        "from qrpo_core.steps import prompts\n"
+        "from qrpo_core.steps.chain import stored_chain\n"
+        "from qrpo_core.steps.workspace import Workspace\n"
+        "workspace = Workspace(parse_experiment(json.loads(sys.argv[1])))\n"
+        "prompts.build(workspace, prompts.recipe(workspace))\n"
+        "step = stored_chain(workspace).first.row_steps[0]\n"
+        "plan = workspace.blocks.plan(step.recipe, step.wanted, 4)[0]\n"
+        "table, facts = step.compute(plan, lambda n: None)\n"
+        "workspace.blocks.commit(plan, table, step.schema, 1.0, **facts)\n"
+        "print(datetime.date.today(), step.recipe.key)"
+    )
+    experiment = steps.changed(dated, store={"rows_per_block": 4})
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, json.dumps(experiment.model_dump(mode="json"))],
+            env=os.environ | {"TZ": zone},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago")
+    ]
+    (day, key), (other_day, other_key) = said
+    assert day != other_day
+    assert key == other_key
+    workspace = Workspace(experiment)
+    step = stored_chain(workspace).first.row_steps[0]
+    assert step.recipe.key == key
+    assert sum(block.rows for block in workspace.blocks.committed(step.recipe)) == 8
+
+
+def test_the_plan_before_anything_is_stored_takes_today(
+    dated: dict[str, Any], steps: Any, on: Callable[[str], None]
+) -> None:
+    on("2024-07-05T12:00:00")
+    workspace = Workspace(steps.changed(dated))
+    on("2024-07-06T12:00:00")
+    prompts.find(workspace, prompts.recipe(workspace))
+    assert workspace.day == "2024-07-06"
