@@ -9,20 +9,22 @@ from qrpo_core.rewards.registry import check_references
 from qrpo_core.steps import policies, prompts
 from qrpo_core.steps.ranked import fewest_references
 from qrpo_core.steps.workspace import Workspace
-from qrpo_core.train.lora import require_peft
+from qrpo_core.train.lora import check_source, require_peft
 
 
 def check(workspace: Workspace) -> None:
     """Raise the error that the run would meet; return if there is none that is cheap to find.
 
-    Looks at the model's files (not its weights), reads the prompt source unless the store has it
-    already, and sees that the reward has what it checks against.
+    Looks at the model's files (not its weights; for LoRA at its layers, by its config), reads the prompt
+    source unless the store has it already, and sees that the reward has what it checks against.
     """
     _check_budget(workspace.experiment)
     require(workspace.experiment)
     if workspace.experiment.training.lora_rank is not None:
         require_peft()
-    policies.source_of(workspace)
+    source = policies.source_of(workspace)
+    if workspace.experiment.training.lora_rank is not None:
+        check_source(source, workspace.experiment.training)
     found = prompts.find(workspace, prompts.recipe(workspace))
     columns = (found.prompts[name].to_pylist() for name in ("source", "reference"))
     references = list(zip(*columns, strict=True))

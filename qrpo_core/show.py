@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qrpo_core.evaluation.saved import drawn_caution, survival_rows
 from qrpo_core.evaluation.summary import headline, normalisation, summary_rows
 from qrpo_core.plan import StagePlan
 from qrpo_core.steps.chain import stored_chain
@@ -66,16 +67,34 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def result_lines(workspace: Workspace) -> list[str]:
-    """The headline, the evaluation's table, the normalisation check, what was left out, and the paths."""
+    """The headline, the evaluation's table, the normalisation check, what was left out, how much of the training
+    is in what was saved and drawn from, and the paths."""
     made = results(workspace)
     result = result_of(made.evaluate)
     diagnostics: dict[str, Any] = made.train.facts["diagnostics"]
     rows = [("held-out evaluation", ""), *summary_rows(result), *normalisation_rows(diagnostics)]
+    kept, caution = saved_rows(made), drawn_caution(made.evaluate.facts["drawn"])
     left = [("left out, merged or failed", "count", "why")]
     left += [(row["what"], f"{row['count']:,}", row["why"]) for row in filtered(made.prompts, made.rounds)]
     policy = workspace.artifacts.folder(made.train, "policy")
     paths = [f"Policy: {policy}", f"Report: {report_path(workspace)}"]
-    return [str(headline(result)), "", *table(rows), "", *table(left), "", *paths]
+    ends = [f"{label}: {value}" for label, value in kept]
+    return [
+        str(headline(result)),
+        *filter(None, [caution]),
+        "",
+        *table(rows),
+        "",
+        *table(left),
+        "",
+        *ends,
+        *paths,
+    ]
+
+
+def saved_rows(made: Results) -> list[tuple[str, str]]:
+    """How much of the training is in the saved policies, and in what the rewards were drawn from."""
+    return survival_rows([each.train.facts["saved"] for each in made.rounds], made.evaluate.facts["drawn"])
 
 
 def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:

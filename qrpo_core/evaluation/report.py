@@ -19,6 +19,7 @@ from qrpo_core.evaluation import plots
 from qrpo_core.evaluation.examples import EXAMPLE_RULE, pick_examples
 from qrpo_core.evaluation.inputs import EvaluationInput, floats
 from qrpo_core.evaluation.metrics import EvaluationResult, PromptMeans, prompt_means
+from qrpo_core.evaluation.saved import drawn_caution, survival_rows
 from qrpo_core.evaluation.sections import example, filtered, interval_note, objective_rows, stages, tiles
 from qrpo_core.evaluation.summary import headline, summary_rows
 from qrpo_core.records import TRAINING_SET, check_table
@@ -52,6 +53,8 @@ class ReportInput:
     examples : dicts as `pick_examples` gives them: prompt, before, after, reward_before, reward_after, and
         where known label, mean_before, mean_after.
     example_rule : how the examples were chosen, a sentence.
+    saved : of each round, how much of its training is in the policy that it saved; drawn : how much is in what
+        the rewards after training were drawn from, None where that is no copy of it (see evaluation/saved.py).
     """
 
     experiment: Mapping[str, Any]
@@ -66,6 +69,8 @@ class ReportInput:
     lineage: Mapping[str, str] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()
     example_rule: str = EXAMPLE_RULE
+    saved: Sequence[Mapping[str, Any]] = ()
+    drawn: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,9 @@ def render_report(data: ReportInput) -> str:
     tables = {
         "name": str(data.experiment.get("name", "experiment")),
         "headline": headline(data.evaluation),
-        "tiles": tiles(data.evaluation, data.diagnostics),
-        "summary": summary_rows(data.evaluation),
+        "drawn_caution": drawn_caution(data.drawn),
+        "tiles": tiles(data.evaluation, data.diagnostics, data.saved, data.drawn),
+        "summary": [*summary_rows(data.evaluation), *survival_rows(data.saved, data.drawn)],
         "kl_note": data.evaluation.kl.note,
         "interval_note": interval_note(data.evaluation),
         "objective": objective_rows(data.diagnostics),

@@ -7,6 +7,7 @@ from typing import Any
 
 from qrpo_core.errors import DataError
 from qrpo_core.evaluation.metrics import EvaluationResult
+from qrpo_core.evaluation.saved import survival_tile
 from qrpo_core.evaluation.summary import headline, normalisation, number, percent, reward_decimals, spelled
 
 _DIAGNOSTICS = {
@@ -44,7 +45,12 @@ _SHARES = {
 _STAGE_COLUMNS = ("stage", "rows", "reused", "computed", "blocks", "seconds", "note")
 
 
-def tiles(result: EvaluationResult, diagnostics: Mapping[str, Any]) -> list[dict[str, str]]:
+def tiles(
+    result: EvaluationResult,
+    diagnostics: Mapping[str, Any],
+    saved: Sequence[Mapping[str, Any]] = (),
+    drawn: Mapping[str, Any] | None = None,
+) -> list[dict[str, str]]:
     """The key numbers: label, value, what it means, and a verdict that colours it (empty for none)."""
     text = spelled(result)
     verdict = headline(result).verdict
@@ -68,6 +74,7 @@ def tiles(result: EvaluationResult, diagnostics: Mapping[str, Any]) -> list[dict
         ),
         ("Truncated", f"{text['truncation_before']} → {text['truncation_after']}", cut_note, ""),
     ]
+    found += survival_tile(saved, drawn)
     if (check := normalisation(diagnostics)) is not None:
         value, check_verdict, meaning = check
         found.append(("Normalisation check", value, meaning, check_verdict))

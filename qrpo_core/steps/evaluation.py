@@ -16,6 +16,7 @@ from qrpo_core.config import recipe_fields
 from qrpo_core.evaluation.inputs import EVALUATED, EVALUATED_AFTER, EvaluationInput
 from qrpo_core.evaluation.metrics import EvaluationResult, evaluate_policies
 from qrpo_core.records import COMPLETIONS, LOGPROBS
+from qrpo_core.steps import drawn
 from qrpo_core.steps.blocks import BlockStep, RewardStep
 from qrpo_core.steps.tables import load, to_bytes
 from qrpo_core.steps.targets import TrainingData, derive
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from qrpo_core.steps.chain import Chain, EvaluationChain
     from qrpo_core.steps.rounds import Made, Round
 
-VERSION = 2
-REPORT_VERSION = 3
+VERSION = 3
+REPORT_VERSION = 4
 
 
 def recipe(workspace: Workspace, inputs: Mapping[str, Recipe]) -> Recipe:
@@ -62,9 +63,15 @@ def build(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Manifest:
             "before.parquet": to_bytes(data.before, EVALUATED, "evaluation, before"),
             "after.parquet": to_bytes(data.after, EVALUATED_AFTER, "evaluation, after"),
         }
-        return files, {"result": result.to_dict()}
+        return files, {"result": result.to_dict(), "drawn": _drawn(end)}
 
     return workspace.make(end.evaluate, make)
+
+
+def _drawn(end: EvaluationChain) -> dict[str, Any] | None:
+    """Facts of what the trained policy's samples were drawn from; measured now if they never were."""
+    copied = drawn.drawn_copy(end.after.samples)
+    return None if copied is None else copied.build().facts
 
 
 def result_of(manifest: Manifest) -> EvaluationResult:
@@ -119,6 +126,8 @@ def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Ma
             filtered=filtered(found, [made for _, made in rounds]),
             lineage=_lineage(found, rounds, evaluated, steps),
             examples=pick_examples(before, after, chain.table),
+            saved=[made.train.facts["saved"] for _, made in rounds],
+            drawn=evaluated.facts["drawn"],
         )
         return {"report.html": render_report(report).encode()}, {}
 

@@ -27,12 +27,14 @@ class Policy:
     locate : fetches it if need be and says where it lies; planning never asks.
     start : the policy that training started from; None for one that was not trained here.
     adapted : whether it was trained with LoRA: then its adapters lie in `ADAPTER` of its directory.
+    made : the artifact that holds it; None for one that was not trained here.
     """
 
     digest: str
     locate: Callable[[], Path]
     start: Policy | None = None
     adapted: bool = False
+    made: Manifest | None = None
 
     @property
     def directory(self) -> Path:
@@ -76,7 +78,7 @@ def stored(workspace: Workspace, manifest: Manifest, start: Policy | None = None
     """The policy of a model or train artifact. start : the one that training started from."""
     policy = at(workspace.artifacts.folder(manifest, "policy"))
     adapted = f"policy/{ADAPTER}/adapter_config.json" in manifest.files
-    return replace(policy, start=start, adapted=adapted)
+    return replace(policy, start=start, adapted=adapted, made=None if start is None else manifest)
 
 
 def at(directory: Path) -> Policy:

@@ -1,9 +1,9 @@
 """Several training processes on this machine: a job on disk, torchrun, and what comes back.
 
 A job is a directory: ``items.arrow`` (what is trained on), ``job.json`` (settings and paths); the processes
-add checkpoints, ``progress.jsonl`` (a line a step), ``history.json`` when the policy is written,
-``failure.json`` when one of them fails, and ``train.log`` (all they print). They end when this process does,
-killed or not: torchrun dies with it, and they die with torchrun.
+add checkpoints, ``progress.jsonl`` (a line a step), ``trained/`` (saving.py), ``scored_rows.json`` and
+``history.json`` when the policy is written, ``failure.json`` when one of them fails, and ``train.log`` (all
+they print). They end when this process does, killed or not: torchrun dies with it, they die with torchrun.
 
 Importing this module imports nothing heavy.
 """
@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrpo_core import errors
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
+from qrpo_core.config import ObjectiveConfig, TrainingConfig
 from qrpo_core.errors import DataError, QRPOError, StoreError
 from qrpo_core.followed import appended
+from qrpo_core.train.survival import Outcome, ScoredRows
 
 if TYPE_CHECKING:
     from qrpo_core.data.collator import Example, Item
 
 ITEMS, SETTINGS, LOG = "items.arrow", "job.json", "train.log"
-PROGRESS, HISTORY, FAILURE = "progress.jsonl", "history.json", "failure.json"
+PROGRESS, HISTORY, SCORED, FAILURE = "progress.jsonl", "history.json", "scored_rows.json", "failure.json"
 
 #: In the environment of the processes: whose death is theirs.
 AGENT = "QRPO_TRAIN_AGENT"
@@ -51,19 +52,18 @@ def launch(
     directory: Path,
     out: Path,
     *,
-    model: ModelConfig,
     objective: ObjectiveConfig,
     training: TrainingConfig,
     work: Path,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
+) -> Outcome:
     """`run.train_policy` in `training.processes` processes; see there. `work` becomes the job.
 
     Raises what the processes raise; QRPOError with the last lines of the log where one dies without a word.
     """
     with alone(work / "launch.lock"):  # the processes of a run that goes on must keep their files
-        write_job(items, directory, out, work, model=model, objective=objective, training=training)
-        for name in (PROGRESS, HISTORY, FAILURE, LOG):
+        write_job(items, directory, out, work, objective=objective, training=training)
+        for name in (PROGRESS, HISTORY, SCORED, FAILURE, LOG):
             (work / name).unlink(missing_ok=True)
         process = _torchrun(training.processes, work)
         try:
@@ -72,8 +72,8 @@ def launch(
             _end(process)
         if status != 0 or not (work / HISTORY).is_file():
             raise _failure(work, status)
-        history: list[dict[str, float]] = json.loads((work / HISTORY).read_text(encoding="utf-8"))
-        return history
+        history = json.loads((work / HISTORY).read_text(encoding="utf-8"))
+        return Outcome(history, ScoredRows.from_json((work / SCORED).read_bytes()))
 
 
 def write_job(
@@ -82,7 +82,6 @@ def write_job(
     out: Path,
     job: Path,
     *,
-    model: ModelConfig,
     objective: ObjectiveConfig,
     training: TrainingConfig,
 ) -> None:
@@ -118,7 +117,6 @@ def write_job(
         "directory": str(Path(directory).absolute()),
         "out": str(Path(out).absolute()),
         "pairs": pairs > 0,
-        "model": model.model_dump(mode="json"),
         "objective": objective.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
     }
@@ -143,7 +141,6 @@ def read_job(job: Path) -> tuple[list[Item], dict[str, Any]]:
     return items, {
         "directory": Path(settings["directory"]),
         "out": Path(settings["out"]),
-        "model": ModelConfig.model_validate(settings["model"]),
         "objective": ObjectiveConfig.model_validate(settings["objective"]),
         "training": TrainingConfig.model_validate(settings["training"]),
         "work": job,

@@ -190,7 +190,8 @@ def test_torchrun_gives_the_numbers_of_one_process(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     items, given = read_job(make_job(processes=2))
     seen: list[tuple[int, int, float]] = []
-    history = launch(items, **given, on_step=lambda *step: seen.append((*step[:2], step[2]["loss"])))
+    done = launch(items, **given, on_step=lambda *step: seen.append((*step[:2], step[2]["loss"])))
+    history = done.history
     assert_close(kept(history), uninterrupted(1)[0])
     assert seen == [(step, STEPS, entry["loss"]) for step, entry in enumerate(history, start=1)]
 

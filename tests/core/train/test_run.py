@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
+from qrpo_core.config import ObjectiveConfig, TrainingConfig
 from qrpo_core.data.collator import Example, Item, Pair
 from qrpo_core.errors import ConfigError, DataError, ModelError, ObjectiveError, QRPOError, StoreError
 from qrpo_core.policy import load_model, load_tokenizer
+from qrpo_core.rounding import stochastic_bfloat16
 from qrpo_core.train.__main__ import main
 from qrpo_core.train.launch import FAILURE, HISTORY, _failure, read_job, write_job
 from qrpo_core.train.run import train_policy
@@ -30,21 +31,18 @@ def example(row: int) -> Example:
 EXAMPLES = [example(row) for row in range(10)]
 
 
-def train(
-    model: Path, folder: Path, items: list[Any] = EXAMPLES, dtype: str = "float32", **training: Any
-) -> list[dict[str, float]]:
+def train(model: Path, folder: Path, items: list[Any] = EXAMPLES, **training: Any) -> list[dict[str, float]]:
     settings = {"precision": "fp32", "batch_size": 4, "learning_rate": 1e-3} | training
     on_step = settings.pop("on_step", None)
     return train_policy(
         items,
         model,
         folder / "policy",
-        model=ModelConfig(path="tiny", dtype=dtype),  # type: ignore[arg-type]
         objective=ObjectiveConfig(beta=0.5),
         training=TrainingConfig.model_validate(settings),
         work=folder / "work",
         on_step=on_step,
-    )
+    ).history
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -65,14 +63,15 @@ def test_every_step_is_returned_and_reported(tiny_model: Path, tmp_path: Path) -
 
 def test_the_policy_is_the_trained_weights_in_its_own_dtype(tiny_model: Path, tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
-        train(tiny_model, tmp_path / dtype, dtype=dtype)
+        train(tiny_model, tmp_path / dtype, save_dtype=dtype)
+        config = json.loads((tmp_path / dtype / "policy" / "config.json").read_text())
+        assert config["dtype"] == dtype
     whole = load_model(tmp_path / "float32" / "policy", "float32").state_dict()
-    config = json.loads((tmp_path / "bfloat16" / "policy" / "config.json").read_text())
-    rounded = load_model(tmp_path / "bfloat16" / "policy", config["dtype"]).state_dict()
+    rounded = load_model(tmp_path / "bfloat16" / "policy", "auto").state_dict()
     before = load_model(tiny_model, "float32").state_dict()
-    assert config["dtype"] == "bfloat16"
     for name, tensor in whole.items():
-        assert torch.equal(tensor.bfloat16(), rounded[name])
+        assert rounded[name].dtype == torch.bfloat16
+        assert torch.equal(stochastic_bfloat16(tensor, name), rounded[name])
         assert not torch.equal(tensor, before[name])
     assert (
         load_tokenizer(tmp_path / "float32" / "policy").chat_template
@@ -185,7 +184,6 @@ def test_work_left_by_another_training_is_refused(tiny_model: Path, tmp_path: Pa
 )
 def test_a_job_is_read_as_it_was_written(items: list[Item], tmp_path: Path) -> None:
     settings = {
-        "model": ModelConfig(path="tiny", dtype="float32"),
         "objective": ObjectiveConfig(kind="qrpo", transform="power", exponent=1 / 3, beta=1e-7),
         "training": TrainingConfig(lora_rank=3, lora_targets=("q_proj",), checkpoint_minutes=0.1),
     }
@@ -213,7 +211,6 @@ def test_a_job_of_both_kinds_is_refused(tmp_path: Path) -> None:
             tmp_path,
             tmp_path,
             tmp_path,
-            model=ModelConfig(path="tiny"),
             objective=ObjectiveConfig(),
             training=TrainingConfig(),
         )
@@ -255,7 +252,6 @@ def job(tiny_model: Path, tmp_path: Path) -> Path:
         tmp_path / "model",
         tmp_path / "policy",
         tmp_path / "job",
-        model=ModelConfig(path="tiny", dtype="float32"),
         objective=ObjectiveConfig(beta=0.5),
         training=TrainingConfig(precision="fp32", batch_size=4, learning_rate=1e-3),
     )
