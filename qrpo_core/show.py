@@ -67,8 +67,9 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def result_lines(workspace: Workspace) -> list[str]:
-    """The headline, the evaluation's table, the normalisation check, what was left out, how much of the training
-    is in what was saved and drawn from, and the paths."""
+    """The headline, the evaluation's table, the normalisation check, what was left out, how much of the
+    training is in what was saved and in what was drawn from, and the paths.
+    """
     made = results(workspace)
     result = result_of(made.evaluate)
     diagnostics: dict[str, Any] = made.train.facts["diagnostics"]

@@ -53,8 +53,8 @@ class ReportInput:
     examples : dicts as `pick_examples` gives them: prompt, before, after, reward_before, reward_after, and
         where known label, mean_before, mean_after.
     example_rule : how the examples were chosen, a sentence.
-    saved : of each round, how much of its training is in the policy that it saved; drawn : how much is in what
-        the rewards after training were drawn from, None where that is no copy of it (see evaluation/saved.py).
+    saved : of each round, how much of its training is in the policy that it saved (evaluation/saved.py).
+    drawn : how much is in what rewards after training were drawn from; None where that is no copy of it.
     """
 
     experiment: Mapping[str, Any]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qrpo_core.evaluation.summary import percent
+
 #: Below this share a saved policy is refused. Stochastic rounding keeps it within a few hundredths of 1;
 #: nearest rounding, at the learning rates of this field, and merges into the wrong weights stay far away.
 LOWEST_SHARE = 0.9
@@ -16,7 +18,7 @@ def saved_in_words(facts: Mapping[str, Any]) -> str:
     kept = (
         "training moved nothing that float32 shows"
         if share is None
-        else f"{share:.1%} of the training survived"
+        else f"{percent(share)} of the training survived"
     )
     return (
         f"{kept} (mean |log-ratio| {facts['written']:.4g} of {facts['trained']:.4g} nats, largest difference "
@@ -48,10 +50,10 @@ def survival_tile(
     if not saved:
         return []
     shares = [facts["share"] for facts in saved if facts["share"] is not None]
-    value = f"{min(shares):.1%}" if shares else "unmoved"
+    value = percent(min(shares)) if shares else "unmoved"
     note = f"in the saved policy ({saved[-1]['dtype']})"
     if drawn is not None and drawn["share"] is not None:
-        note += f"; {drawn['share']:.1%} in the {drawn['dtype']} copy that rewards were drawn from"
+        note += f"; {percent(drawn['share'])} in the {drawn['dtype']} copy that rewards were drawn from"
     return [("Training that survived", value, note, "bad" if drawn_caution(drawn) else "")]
 
 
@@ -60,6 +62,6 @@ def drawn_caution(drawn: Mapping[str, Any] | None) -> str:
     if drawn is None or drawn["share"] is None or abs(drawn["share"] - 1) <= 1 - LOWEST_SHARE:
         return ""
     return (
-        f"The rewards after training are those of a {drawn['dtype']} copy that has {drawn['share']:.0%} of "
-        "the training, not those of the saved policy: set model.dtype: float32."
+        f"Rewards after training are those of a {drawn['dtype']} copy that has {percent(drawn['share'])} of the "
+        "training, not those of the saved policy: set model.dtype: float32."
     )

@@ -1,8 +1,8 @@
 """What samples of a trained policy are drawn from: how much of the training is in the engine's copy.
 
-An engine that computes in bfloat16 draws from a rounded copy, one that quantises from another still. Before it
-draws, what it has loaded scores the training rows that the saved policy was compared on; the report says the
-share beside the rewards that were drawn.
+An engine that computes in bfloat16 draws from a rounded copy, one that quantises from another still. Before
+it draws, what it has loaded scores the training rows that the saved policy was compared on; the report says
+the share beside the rewards that were drawn.
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ def save_adapters(adapted: Any, directory: Path) -> None:
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in peft.get_peft_model_state_dict(adapted).items()}
+    # An embedding's own weight is not trained: it is not saved beside its adapter.
+    found = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    tensors = {name: tensor.contiguous() for name, tensor in found.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = None
