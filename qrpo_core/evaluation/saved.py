@@ -62,6 +62,6 @@ def drawn_caution(drawn: Mapping[str, Any] | None) -> str:
     if drawn is None or drawn["share"] is None or abs(drawn["share"] - 1) <= 1 - LOWEST_SHARE:
         return ""
     return (
-        f"Rewards after training are those of a {drawn['dtype']} copy that has {percent(drawn['share'])} of the "
+        f"Rewards after are those of a {drawn['dtype']} copy that has {percent(drawn['share'])} of the "
         "training, not those of the saved policy: set model.dtype: float32."
     )

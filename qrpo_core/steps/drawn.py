@@ -122,16 +122,8 @@ def load_copy(policy: Policy, arithmetic: str, adapters: Path | None) -> Any:
     """The model whose weights are those that an engine computes with, as float32."""
     from qrpo_core.policy import load_model
     from qrpo_core.rounding import engine_directory
+    from qrpo_core.train.lora import load_adapters
 
     base = policy if adapters is None or policy.start is None else policy.start
     model = load_model(engine_directory(base.directory, arithmetic), arithmetic).float()
-    if adapters is None:
-        return model
-    import peft
-    import torch
-
-    adapted = peft.PeftModel.from_pretrained(model, adapters)
-    for name, weight in adapted.named_parameters():
-        if "lora_" in name:  # engines load adapters in their own arithmetic
-            weight.data = weight.data.to(getattr(torch, arithmetic)).float()
-    return adapted
+    return model if adapters is None else load_adapters(model, adapters, arithmetic)

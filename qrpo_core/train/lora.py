@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,7 @@ def add_adapters(model: Any, training: TrainingConfig) -> Any:
         target_modules=_ALL if targets == (_ALL,) else list(targets),
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        # peft asks the model by a name that transformers has renamed.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    with _quiet():
         return peft.get_peft_model(model, config)
 
 
@@ -66,6 +66,30 @@ def save_adapters(adapted: Any, directory: Path) -> None:
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set: its order differs from run to run
     config.save_pretrained(directory)
+
+
+def load_adapters(model: Any, directory: Path, dtype: str) -> Any:
+    """A float32 model with saved adapters beside its layers, whose values are first rounded to `dtype`.
+
+    That is how engines load adapters. Small numbers of their own, they lose a part of themselves, not more.
+    """
+    import peft
+    import torch
+
+    with _quiet():
+        adapted = peft.PeftModel.from_pretrained(model, directory)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(getattr(torch, dtype)).float()
+    return adapted
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """peft asks the model by a name that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def merge(adapted: Any) -> Any:
