@@ -9,6 +9,7 @@ from qrpo_core.rewards.registry import check_references
 from qrpo_core.steps import policies, prompts
 from qrpo_core.steps.ranked import fewest_references
 from qrpo_core.steps.workspace import Workspace
+from qrpo_core.train.launch import require_deepspeed
 from qrpo_core.train.lora import check_source, require_peft
 
 
@@ -20,6 +21,7 @@ def check(workspace: Workspace) -> None:
     """
     _check_budget(workspace.experiment)
     require(workspace.experiment)
+    require_deepspeed(workspace.experiment.training)
     if workspace.experiment.training.lora_rank is not None:
         require_peft()
     source = policies.source_of(workspace)

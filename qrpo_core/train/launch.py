@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrpo_core import errors
 from qrpo_core.config import ObjectiveConfig, TrainingConfig
-from qrpo_core.errors import DataError, QRPOError, StoreError
+from qrpo_core.errors import ConfigError, DataError, QRPOError, StoreError
 from qrpo_core.followed import appended
 from qrpo_core.train.survival import Outcome, ScoredRows
 
@@ -45,6 +46,34 @@ _BOOT = (
     "from qrpo_core.train.launch import AGENT; die_with_parent(int(sys.argv[1])); "
     "os.environ[AGENT] = str(os.getpid()); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 )
+
+
+def require_deepspeed(training: TrainingConfig) -> None:
+    """Raise ConfigError where DeepSpeed is asked for and cannot be had, or would give rounded weights.
+
+    With 16-bit weights on it keeps the trained ones to itself, and hands over what is nearest to them.
+    """
+    where, path = "training.deepspeed", training.deepspeed
+    if path is None:
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "training.deepspeed needs the package deepspeed", where=where, remedy="pip install deepspeed"
+        )
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"no DeepSpeed config {path!r}", where=where, remedy="give the path of a JSON file"
+        ) from None
+    halves = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled", False)]
+    if halves:
+        raise ConfigError(
+            f"{path!r} turns {halves[0]} on: DeepSpeed would hand over weights rounded to the nearest, in which "
+            "a training with a small learning rate is lost",
+            where=where,
+            remedy=f"set {halves[0]}.enabled to false, or use training.parallel fsdp, which shards float32",
+        )
 
 
 def launch(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -23,11 +22,11 @@ from transformers.utils import logging as transformers_logging
 from qrpo_core.config import ObjectiveConfig, TrainingConfig, recipe_fields
 from qrpo_core.data.collator import Example, Item, rows_of
 from qrpo_core.engines.numerics import native_bfloat16, pick_device
-from qrpo_core.errors import ConfigError, DataError, ObjectiveError
+from qrpo_core.errors import DataError, ObjectiveError
 from qrpo_core.ids import digest_bytes, digest_json
 from qrpo_core.policy import load_model, load_tokenizer
 from qrpo_core.train.checkpoints import Checkpoints, from_first, newest
-from qrpo_core.train.launch import alone, launch
+from qrpo_core.train.launch import alone, launch, require_deepspeed
 from qrpo_core.train.lora import add_adapters
 from qrpo_core.train.saving import Trained, in_memory, keep, kept, save
 from qrpo_core.train.survival import Outcome, chosen_rows, float32_logprobs
@@ -67,8 +66,7 @@ def train_policy(
     """
     if not len(items):
         raise DataError("there is nothing to train on", remedy="see which rows were filtered, and why")
-    if training.deepspeed is not None:
-        _require_deepspeed(training.deepspeed)
+    require_deepspeed(training)
     train = launch if training.processes > 1 or training.deepspeed is not None else train_here
     try:
         return train(
@@ -174,8 +172,8 @@ def training_arguments(training: TrainingConfig, work: Path) -> TrainingArgument
     """The Trainer's settings; joins the process group where torchrun has started this process.
 
     fsdp : FSDP2, one shard a decoder layer. Each process loads the whole model into host memory first.
-    deepspeed : the given JSON; its bf16 section decides the precision, and ZeRO-3 needs
-        stage3_gather_16bit_weights_on_model_save. Never run by this project's tests, which have no GPU.
+    deepspeed : the given JSON; ZeRO-3 needs stage3_gather_16bit_weights_on_model_save (which gathers weights
+        of any precision). Never run by this project's tests, which have no GPU.
     """
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -207,20 +205,6 @@ def training_arguments(training: TrainingConfig, work: Path) -> TrainingArgument
     # The Trainer would spread one process over all GPUs by DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _require_deepspeed(path: str) -> None:
-    """Raise ConfigError before anything starts where DeepSpeed cannot be had."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            "training.deepspeed needs the package deepspeed",
-            where="training.deepspeed",
-            remedy="pip install deepspeed",
-        )
-    if not Path(path).is_file():
-        raise ConfigError(
-            f"no DeepSpeed config {path!r}", where="training.deepspeed", remedy="give the path of a JSON file"
-        )
 
 
 def _sharding(training: TrainingConfig) -> dict[str, Any]:

@@ -140,6 +140,10 @@ def test_deepspeed_that_cannot_be_had_is_refused(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(ConfigError, match=r"no DeepSpeed config 'zero3.json' \[training.deepspeed\]"):
         train(tiny_model, tmp_path, deepspeed="zero3.json")
+    for name, enabled in (("bf16", True), ("bf16", "auto"), ("fp16", True)):
+        (tmp_path / "zero.json").write_text(json.dumps({name: {"enabled": enabled}, "train_batch_size": 4}))
+        with pytest.raises(ConfigError, match=f"turns {name} on: .* rounded to the nearest"):
+            train(tiny_model, tmp_path, deepspeed=str(tmp_path / "zero.json"))
 
 
 def test_a_loss_that_is_no_number_ends_the_training(tiny_model: Path, tmp_path: Path) -> None:
