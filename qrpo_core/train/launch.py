@@ -69,7 +69,7 @@ def require_deepspeed(training: TrainingConfig) -> None:
     halves = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled", False)]
     if halves:
         raise ConfigError(
-            f"{path!r} turns {halves[0]} on: DeepSpeed would hand over weights rounded to the nearest, in which "
+            f"{path!r} turns {halves[0]} on: DeepSpeed would hand over weights rounded to the nearest, where "
             "a training with a small learning rate is lost",
             where=where,
             remedy=f"set {halves[0]}.enabled to false, or use training.parallel fsdp, which shards float32",
