@@ -23,7 +23,7 @@ import transformers
 from _random_model import SHAPES, chosen, gpu_options, random_rows, write_random_model
 from _result import about, publish
 
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
+from qrpo_core.config import ObjectiveConfig, TrainingConfig
 from qrpo_core.data.collator import Example
 from qrpo_core.engines.base import ScoreRequest
 from qrpo_core.engines.hf import TransformersEngine
@@ -69,12 +69,11 @@ def train(
             items,
             model,
             folder / "policy",
-            model=ModelConfig(path="random", dtype="float32"),
             objective=ObjectiveConfig(beta=BETA),
             training=TrainingConfig.model_validate(settings),
             work=folder / "work",
             on_step=on_step,
-        )
+        ).history
 
     if cut is not None:
         try:

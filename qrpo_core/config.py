@@ -62,7 +62,8 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Precision of the weights, as stored and as sampled from."
+        "bfloat16",
+        description="Precision of the weights that are sampled from, and in which a .gguf file is stored.",
     )
     chat_template_kwargs: TemplateVariables = Field(
         {},

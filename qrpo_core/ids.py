@@ -82,6 +82,11 @@ def completion_index(text: str) -> int:
     return _uint64(f"completion|{text}") >> 33
 
 
+def rounding_seed(weight: str) -> int:
+    """The seed with which a weight is rounded at random, by its name (unsigned 64 bits)."""
+    return _uint64(f"round|{weight}")
+
+
 def split_fraction(prompt: str, seed: int = 0) -> float:
     """A number in [0, 1) that depends on the prompt alone; the held-out split compares it to a share.
 

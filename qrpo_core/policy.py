@@ -186,6 +186,8 @@ def policy_digest(directory: Path) -> str:
 def load_model(directory: Path, dtype: str, *, device: str = "cpu") -> Any:
     """The causal language model of a directory, in evaluation mode.
 
+    dtype : of the weights; "auto" takes what the directory's config says, as from_pretrained does by default.
+
     Raises ModelError where weights are missing or of another shape: transformers would fill them with
     random numbers and say so only in a warning.
     """
@@ -195,7 +197,10 @@ def load_model(directory: Path, dtype: str, *, device: str = "cpu") -> Any:
     with no_progress_bars():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+                directory,
+                dtype=getattr(torch, dtype, dtype),
+                local_files_only=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the model: {error}", where=str(directory)) from None

@@ -9,21 +9,25 @@ from qrpo_core.errors import ConfigError, DataError
 from qrpo_core.steps import policies, prompts, usable
 from qrpo_core.steps.ranked import fewest_references
 from qrpo_core.steps.workspace import Workspace
-from qrpo_core.train.lora import require_peft
+from qrpo_core.train.launch import require_deepspeed
+from qrpo_core.train.lora import check_source, require_peft
 
 
 def check(workspace: Workspace, progress: Progress = no_progress) -> None:
     """Raise the error that the run would meet; return if there is none that is cheap to find.
 
-    Looks at the model's files (not its weights), reads the prompt source unless the store has it already,
-    and unless the store knows it sees that every prompt and completion can be used (`steps.usable`), of
-    which `progress` counts the prompts.
+    Looks at the model's files (not its weights; for LoRA at its layers, by its config), reads the prompt
+    source unless the store has it already, and unless the store knows it sees that every prompt and
+    completion can be used (`steps.usable`), of which `progress` counts the prompts.
     """
     _check_budget(workspace.experiment)
     require(workspace.experiment)
+    require_deepspeed(workspace.experiment.training)
     if workspace.experiment.training.lora_rank is not None:
         require_peft()
-    policies.source_of(workspace)
+    source = policies.source_of(workspace)
+    if workspace.experiment.training.lora_rank is not None:
+        check_source(source, workspace.experiment.training)
     asked = prompts.recipe(workspace)
     found = prompts.find(workspace, asked)
     usable.check(workspace, asked, found, progress)

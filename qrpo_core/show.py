@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qrpo_core.config import Experiment
+from qrpo_core.evaluation.saved import survival_rows
 from qrpo_core.evaluation.summary import normalisation, outcome, summary_rows
 from qrpo_core.plan import StagePlan
 from qrpo_core.steps.chain import stored_chain
@@ -70,7 +71,9 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def result_lines(workspace: Workspace) -> list[str]:
-    """The outcome, the headlines, the numbers, what was left out, and the paths."""
+    """The outcome, the headlines, the numbers, what was left out, how much of the training is in what was
+    saved and in what was drawn from, and the paths.
+    """
     made = results(workspace)
     result = result_of(made.evaluate)
     diagnostics: dict[str, Any] = made.train.facts["diagnostics"]
@@ -80,13 +83,30 @@ def result_lines(workspace: Workspace) -> list[str]:
     left += [(row["what"], f"{row['count']:,}", row["why"]) for row in gone]
     policy = workspace.artifacts.folder(made.train, "policy")
     paths = [f"Policy: {policy}", f"Report: {report_path(workspace)}"]
-    return [str(outcome(result)), *headline_lines(made), "", *table(rows), "", *table(left), "", *paths]
+    ends = [f"{label}: {value}" for label, value in saved_rows(made)]
+    return [
+        str(outcome(result)),
+        *headline_lines(made),
+        "",
+        *table(rows),
+        "",
+        *table(left),
+        "",
+        *ends,
+        *paths,
+    ]
 
 
 def headline_lines(made: Results) -> list[str]:
     """What stands under the first line of a result, each line whole."""
-    finished = Finished(made.experiment, made.prompts, made.rounds, result_of(made.evaluate))
+    result, drawn = result_of(made.evaluate), made.evaluate.facts["drawn"]
+    finished = Finished(made.experiment, made.prompts, made.rounds, result, drawn)
     return [str(each) for each in headlines(finished)]
+
+
+def saved_rows(made: Results) -> list[tuple[str, str]]:
+    """How much of the training is in the saved policies, and in what the rewards were drawn from."""
+    return survival_rows([each.train.facts["saved"] for each in made.rounds], made.evaluate.facts["drawn"])
 
 
 def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.utilities.annotations import quote
 
 from qrpo_core.errors import DamagedError
-from qrpo_core.steps import parity
+from qrpo_core.steps import drawn, parity
 from qrpo_core.steps.blocks import BlockStep
 from qrpo_core.steps.trial import ROWS, trial
 from qrpo_core.steps.workspace import Workspace
@@ -95,7 +95,12 @@ def fill(workspace: Workspace, step: BlockStep, compute: Compute = in_this_run) 
 
 
 def _pass_gate(workspace: Workspace, step: BlockStep) -> None:
-    """Compare the engine that draws with the training model, once, before rows are bought from it."""
+    """What is asked once of an engine before it draws: is this the policy, and does it compute what the
+    training model computes?"""
+    copied = drawn.drawn_copy(step)
+    if copied is not None and workspace.artifacts.find(copied.recipe) is None:
+        make(workspace, copied.label, copied.recipe, copied.build)
+        announce_fact(drawn.summary(workspace.artifacts.get(copied.recipe).facts))
     asked = parity.gate(step)
     if asked is None or workspace.artifacts.find(asked.recipe) is not None:
         return

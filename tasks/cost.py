@@ -64,6 +64,7 @@ def gpus(experiment: Experiment, stage: str) -> int:
         return 1
     return {
         "sample": _drawing(experiment),
+        "copy": max(1, _drawing(experiment)),
         "parity": max(1, _drawing(experiment)),
         "score": _scoring(experiment.reward),
         "train": experiment.training.processes,

@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext
 from qrpo_core.config import Experiment
 from qrpo_core.evaluation.summary import outcome, summary_rows
 from qrpo_core.plan import plan
-from qrpo_core.show import Results, headline_lines, plan_lines, plan_row, results
+from qrpo_core.show import Results, headline_lines, plan_lines, plan_row, results, saved_rows
 from qrpo_core.steps.evaluation import result_of
 from qrpo_core.steps.workspace import Workspace
 from tasks.cost import Meter, counts_rows, experiment_of_run, meter
@@ -122,8 +122,9 @@ def _rate(stage: Stage) -> float | str:
 
 
 def _evaluation(workspace: Workspace) -> None:
-    result = result_of(results(workspace).evaluate)
-    rows = [{"": label, "value": value} for label, value in summary_rows(result)]
+    made = results(workspace)
+    result = result_of(made.evaluate)
+    rows = [{"": label, "value": value} for label, value in (*summary_rows(result), *saved_rows(made))]
     create_table_artifact(rows, key="evaluation", description=str(outcome(result)))
 
 
@@ -132,7 +133,8 @@ def _result(workspace: Workspace) -> None:
     result = result_of(made.evaluate)
     report = workspace.artifacts.read(made.report, "report.html").decode("utf-8")
     lines = [f"## {name}", str(outcome(result)), *headline_lines(made)]
-    lines += [" · ".join(facts(workspace.experiment)), _table([("", ""), *summary_rows(result)])]
+    rows = [("", ""), *summary_rows(result), *saved_rows(made)]
+    lines += [" · ".join(facts(workspace.experiment)), _table(rows)]
     lines += [*_figures(report), *_places(workspace, made)]
     create_markdown_artifact("\n\n".join(lines) + "\n", key="result", description=f"Result of {name}")
 

@@ -22,11 +22,18 @@ from qrpo_core.engines.base import (
     no_progress,
 )
 from qrpo_core.engines.decoding import Decoder, TableRun
-from qrpo_core.engines.numerics import compute_dtype, mixed_precision, native_bfloat16, pick_device
+from qrpo_core.engines.numerics import (
+    compute_dtype,
+    dtype_name,
+    mixed_precision,
+    native_bfloat16,
+    pick_device,
+)
 from qrpo_core.engines.passes import Passes
 from qrpo_core.engines.slots import ATTENTION, SlotCache
 from qrpo_core.errors import EngineError, ModelError
 from qrpo_core.policy import load_model
+from qrpo_core.rounding import engine_directory
 from qrpo_core.train.forward import CHECKED_TOKENS, check_head, token_logprobs
 
 
@@ -36,7 +43,8 @@ class TransformersEngine:
     Parameters
     ----------
     directory : what `from_pretrained` loads.
-    dtype : "bfloat16" or "float32", precision of the weights.
+    dtype : "bfloat16" or "float32", precision of the weights. Wider ones are rounded at random, not to the
+        nearest, which would undo a training (qrpo_core/rounding.py).
     batch_size : sequences drawn at a time on an accelerator. On the CPU the number of rows drawn together is
         fixed, since rows would otherwise depend on it (see engines/batching.py).
     batch_tokens : tokens scored at a time, padding included; halved where memory runs out.
@@ -44,7 +52,8 @@ class TransformersEngine:
         without bfloat16 autocast.
     device : None takes an accelerator where there is one.
 
-    Where bfloat16 is not native to the device, arithmetic is float32; `name` says which it was. `exact` is
+    Where bfloat16 is not native to the device, arithmetic is float32 and nothing is rounded; `name` says
+    which it was. `exact` is
     tried on the machine for every shape that is used (`Decoder.slots_agree`), and False on accelerators.
     """
 
@@ -61,8 +70,9 @@ class TransformersEngine:
         self._device = torch.device(device) if device else pick_device()
         # The trainer starts from float32 weights, so with a precision they are never rounded first.
         weights = dtype if precision is None else "float32"
-        model = load_model(Path(directory), weights)
-        model.to(self._device, compute_dtype(weights, self._device))
+        arithmetic = dtype_name(compute_dtype(weights, self._device))
+        model = load_model(engine_directory(Path(directory), arithmetic), arithmetic)
+        model.to(self._device)
         model.set_attn_implementation(ATTENTION)
         self._loaded: Any = model
         self._precision = precision
@@ -75,8 +85,7 @@ class TransformersEngine:
         self._head_checked = False
         self.exact = self._device.type == "cpu"
         mixed = precision == "bf16" and native_bfloat16(self._device)
-        arithmetic = "bf16-autocast" if mixed else str(model.dtype).removeprefix("torch.")
-        self.name = f"transformers/{self._device.type}/{arithmetic}"
+        self.name = f"transformers/{self._device.type}/{'bf16-autocast' if mixed else arithmetic}"
 
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, progress: Progress = no_progress

@@ -42,6 +42,11 @@ def compute_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
     return wanted
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def mixed_precision(
     precision: str | None, device: torch.device | str
 ) -> contextlib.AbstractContextManager[None]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qrpo_core.engines.config import VllmConfig
-from qrpo_core.engines.numerics import compute_dtype
+from qrpo_core.engines.numerics import compute_dtype, dtype_name
 from qrpo_core.errors import ConfigError, EngineError
+from qrpo_core.rounding import engine_directory
 
 #: Ranks that vLLM makes room for.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -74,13 +75,22 @@ def gpu_groups(config: VllmConfig, gpus: Sequence[str]) -> list[list[str]]:
     return [list(gpus[number * size : (number + 1) * size]) for number in range(count)]
 
 
+def arithmetic(dtype: str) -> str:
+    """In which precision vLLM multiplies weights that are asked for in `dtype`.
+
+    Where a CPU multiplies no bfloat16 itself, the transformers engine computes in float32, too.
+    """
+    return dtype if visible_gpus() else dtype_name(compute_dtype(dtype, "cpu"))
+
+
 def llm_arguments(
     directory: Path, dtype: str, config: VllmConfig, adapters: Path | str | None
 ) -> dict[str, Any]:
-    """Arguments of vLLM's LLM, JSON-ready."""
+    """Arguments of vLLM's LLM, JSON-ready. Weights wider than its arithmetic are given as a rounded copy."""
+    computed = arithmetic(dtype)
     arguments: dict[str, Any] = {
-        "model": str(directory.absolute()),
-        "dtype": dtype,
+        "model": str(engine_directory(directory, computed).absolute()),
+        "dtype": computed,
         "quantization": config.quantization,
         "tensor_parallel_size": config.tensor_parallel_size,
         "gpu_memory_utilization": config.memory_share,
@@ -93,8 +103,6 @@ def llm_arguments(
         "logprobs_mode": "raw_logprobs",  # at temperature 1, whatever the draw
     }
     if not visible_gpus():
-        # Where a CPU multiplies no bfloat16 itself, the transformers engine computes in float32, too.
-        arguments["dtype"] = str(compute_dtype(dtype, "cpu")).removeprefix("torch.")
         # Reading a prompt in pieces, vLLM rewinds the generators of seeded rows; those of the CPU cannot.
         arguments["enable_chunked_prefill"] = False
     if adapters is not None:

@@ -20,6 +20,7 @@ from qrpo_core.evaluation.examples import EXAMPLE_RULE, pick_examples
 from qrpo_core.evaluation.headlines import Headline
 from qrpo_core.evaluation.inputs import EvaluationInput, floats
 from qrpo_core.evaluation.metrics import EvaluationResult, PromptMeans, prompt_means
+from qrpo_core.evaluation.saved import survival_rows
 from qrpo_core.evaluation.sections import example, filtered, interval_note, objective_rows, stages, tiles
 from qrpo_core.evaluation.summary import outcome, summary_rows
 from qrpo_core.records import TRAINING_SET, check_table
@@ -67,6 +68,8 @@ class ReportInput:
     examples : dicts as `pick_examples` gives them: prompt, before, after, reward_before, reward_after, and
         where known label, mean_before, mean_after.
     example_rule : how the examples were chosen, a sentence.
+    saved : of each round, how much of its training is in the policy that it saved (evaluation/saved.py).
+    drawn : how much is in what rewards after training were drawn from; None where that is no copy of it.
     """
 
     experiment: Mapping[str, Any]
@@ -82,6 +85,8 @@ class ReportInput:
     lineage: Mapping[str, str] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()
     example_rule: str = EXAMPLE_RULE
+    saved: Sequence[Mapping[str, Any]] = ()
+    drawn: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ def render_report(data: ReportInput) -> str:
         "objective_head": "Training targets" if objective.kind == "qrpo" else "Training data",
         "outcome": outcome(data.evaluation),
         "headlines": data.headlines,
-        "tiles": tiles(data.evaluation, data.diagnostics),
-        "summary": summary_rows(data.evaluation),
+        "tiles": tiles(data.evaluation, data.diagnostics, data.saved, data.drawn),
+        "summary": [*summary_rows(data.evaluation), *survival_rows(data.saved, data.drawn)],
         "kl_note": data.evaluation.kl.note,
         "interval_note": interval_note(data.evaluation),
         "objective": objective_rows(data.diagnostics, objective.kind),

@@ -7,6 +7,7 @@ from typing import Any
 
 from qrpo_core.errors import DataError
 from qrpo_core.evaluation.metrics import EvaluationResult
+from qrpo_core.evaluation.saved import survival_tile
 from qrpo_core.evaluation.summary import normalisation, number, outcome, percent, reward_decimals, spelled
 from qrpo_core.train.config import ObjectiveKind
 from qrpo_core.train.names import OBJECTIVE_NAMES
@@ -47,7 +48,12 @@ _SHARES = {
 _STAGE_COLUMNS = ("stage", "rows", "reused", "computed", "blocks", "seconds", "note")
 
 
-def tiles(result: EvaluationResult, diagnostics: Mapping[str, Any]) -> list[dict[str, str]]:
+def tiles(
+    result: EvaluationResult,
+    diagnostics: Mapping[str, Any],
+    saved: Sequence[Mapping[str, Any]] = (),
+    drawn: Mapping[str, Any] | None = None,
+) -> list[dict[str, str]]:
     """The key numbers: label, value, what it means, and a verdict that colours it (empty for none)."""
     text = spelled(result)
     verdict = outcome(result).verdict
@@ -71,6 +77,7 @@ def tiles(result: EvaluationResult, diagnostics: Mapping[str, Any]) -> list[dict
         ),
         ("Truncated", f"{text['truncation_before']} → {text['truncation_after']}", cut_note, ""),
     ]
+    found += survival_tile(saved, drawn)
     if (check := normalisation(diagnostics)) is not None:
         value, check_verdict, meaning = check
         found.append(("Normalisation check", value, meaning, check_verdict))

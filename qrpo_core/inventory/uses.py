@@ -13,7 +13,7 @@ from qrpo_core.config import Experiment
 from qrpo_core.errors import MissingError
 from qrpo_core.ids import canonical_json, digest_json
 from qrpo_core.policy import POLICY_FILES
-from qrpo_core.steps import evaluation, parity, policies, prompts, usable
+from qrpo_core.steps import drawn, evaluation, parity, policies, prompts, usable
 from qrpo_core.steps.blocks import BlockStep, drawn_from
 from qrpo_core.steps.chain import Chain, chain
 from qrpo_core.steps.policies import Policy
@@ -222,8 +222,9 @@ def _spellings(experiment: Experiment, policy: str) -> set[str]:
 
 
 def _steps(steps: Iterable[BlockStep]) -> Iterator[Recipe]:
-    """The recipes of steps, and of the comparison that one may need before."""
+    """The recipes of steps, and of the comparisons that one may need before."""
     for step in steps:
-        if (asked := parity.gate(step)) is not None:
-            yield asked.recipe
+        for asked in (drawn.drawn_copy(step), parity.gate(step)):
+            if asked is not None:
+                yield asked.recipe
         yield step.recipe

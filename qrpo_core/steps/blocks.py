@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from qrpo_core.config import Experiment, RewardConfig, recipe_fields
-from qrpo_core.data.chat import Messages
+from qrpo_core.chat_template import Messages
 from qrpo_core.engines.base import Engine, Progress, SampleRequest, SamplingParams, ScoreRequest
 from qrpo_core.ids import digest_json, sample_seed
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
@@ -167,14 +168,18 @@ class SampleStep:
         kind = self.workspace.experiment.sampling.engine
         return "transformers" if kind == "endpoint" and self.policy.start is not None else kind
 
+    @property
+    def adapters(self) -> Path | None:
+        """The adapters that the engine uses beside the policy's start; None where it loads the policy."""
+        unmerged = self.engine_kind == "vllm" and not self.workspace.experiment.vllm.merged
+        adapted = self.policy.adapted and self.policy.start is not None
+        return self.policy.directory / ADAPTER if unmerged and adapted else None
+
     def engine(self) -> Engine:
         """The engine that draws, with the policy loaded."""
-        policy, kind = self.policy, self.engine_kind
-        unmerged = kind == "vllm" and not self.workspace.experiment.vllm.merged
-        if unmerged and policy.adapted and policy.start is not None:
-            adapters = policy.directory / ADAPTER
-            return self.workspace.engine(policy.start.directory, kind=kind, adapters=adapters)
-        return self.workspace.engine(policy.directory, kind=kind)
+        policy, adapters = self.policy, self.adapters
+        base = policy if adapters is None or policy.start is None else policy.start
+        return self.workspace.engine(base.directory, kind=self.engine_kind, adapters=adapters)
 
     def compute(self, plan: BlockPlan, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
         settings = self.workspace.experiment.sampling

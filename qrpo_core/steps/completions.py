@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qrpo_core.data.chat import Messages
+from qrpo_core.chat_template import Messages
 from qrpo_core.errors import DataError
 from qrpo_core.records import REWARDS
 from qrpo_core.steps.policies import Policy, rendering

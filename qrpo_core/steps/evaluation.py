@@ -17,6 +17,7 @@ from qrpo_core.data.unusable import count_kinds
 from qrpo_core.evaluation.inputs import EVALUATED, EVALUATED_AFTER, EvaluationInput
 from qrpo_core.evaluation.metrics import EvaluationResult, evaluate_policies
 from qrpo_core.records import COMPLETIONS, LOGPROBS
+from qrpo_core.steps import drawn
 from qrpo_core.steps.blocks import BlockStep, RewardStep
 from qrpo_core.steps.headlines import Finished, headlines
 from qrpo_core.steps.tables import load, to_bytes
@@ -80,9 +81,15 @@ def build(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Manifest:
             "before.parquet": to_bytes(data.before, EVALUATED, "evaluation, before"),
             "after.parquet": to_bytes(data.after, EVALUATED_AFTER, "evaluation, after"),
         }
-        return files, {"result": result.to_dict()}
+        return files, {"result": result.to_dict(), "drawn": _drawn(end)}
 
     return workspace.make(end.evaluate, make)
+
+
+def _drawn(end: EvaluationChain) -> dict[str, Any] | None:
+    """Facts of what the trained policy's samples were drawn from; measured now if they never were."""
+    copied = drawn.drawn_copy(end.after.samples)
+    return None if copied is None else copied.build().facts
 
 
 def result_of(manifest: Manifest) -> EvaluationResult:
@@ -125,13 +132,14 @@ def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Ma
         data = derive(workspace, rounds[-1][1].training_set)
         steps = [*chain.before, *end.after, *end.divergence]
         result, made = result_of(evaluated), [each for _, each in rounds]
+        copied = evaluated.facts["drawn"]
         report = ReportInput(
             experiment=workspace.experiment.model_dump(mode="json"),
             evaluation=result,
             before=before,
             after=after,
             training=_training_rows(data),
-            headlines=headlines(Finished(workspace.experiment, found, made, result)),
+            headlines=headlines(Finished(workspace.experiment, found, made, result, copied)),
             diagnostics=data.diagnostics,
             history=_history(workspace, [each.train for each in made]),
             stages=[
@@ -144,6 +152,8 @@ def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Ma
             ],
             lineage=_lineage(found, rounds, evaluated, steps),
             examples=pick_examples(before, after, chain.table),
+            saved=[made.train.facts["saved"] for _, made in rounds],
+            drawn=copied,
         )
         return {"report.html": render_report(report).encode()}, {}
 

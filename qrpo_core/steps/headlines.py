@@ -8,12 +8,14 @@ the evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qrpo_core.config import Experiment
 from qrpo_core.evaluation.headlines import Headline, in_order
 from qrpo_core.evaluation.metrics import EvaluationResult
+from qrpo_core.evaluation.saved import drawn_caution
 from qrpo_core.evaluation.summary import FEW_FAILED, percent
 from qrpo_core.steps import signal
 from qrpo_core.steps.rounds import Made
@@ -29,12 +31,17 @@ _DECIDED = {"label": "the data set's labels", "reward": "their rewards"}
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run made, without its report. rounds : of each round, in order."""
+    """What a finished run made, without its report. rounds : of each round, in order.
+
+    drawn : how much of the training is in what rewards after were drawn from (`steps.drawn`); None where that
+        is no copy of the policy.
+    """
 
     experiment: Experiment
     prompts: Manifest
     rounds: Sequence[Made]
     evaluation: EvaluationResult
+    drawn: Mapping[str, Any] | None = None
 
 
 def headlines(finished: Finished) -> list[Headline]:
@@ -100,6 +107,12 @@ def cut(finished: Finished) -> Iterator[Headline]:
         yield Headline("warning", f"{text}sampling.max_new_tokens.")
 
 
+def drawn_from_another(finished: Finished) -> Iterator[Headline]:
+    """Where too little of the training is in what the rewards after training were drawn from."""
+    if caution := drawn_caution(finished.drawn):
+        yield Headline("warning", caution)
+
+
 def _rounds(finished: Finished) -> Iterator[tuple[str, Made]]:
     """Each round, and how to name it where there are several."""
     for number, made in enumerate(finished.rounds, 1):
@@ -112,4 +125,5 @@ _SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (
     unscored_rows,
     tied_prompts,
     cut,
+    drawn_from_another,
 )

@@ -30,6 +30,7 @@ class Policy:
     start : the policy that training started from; None for one that was not trained here.
     adapted : whether it was trained with LoRA: then its adapters lie in `ADAPTER` of its directory.
     reads_clock : whether its chat template asks for the time.
+    made : the artifact that holds it; None for one that was not trained here.
     """
 
     digest: str
@@ -37,6 +38,7 @@ class Policy:
     start: Policy | None = None
     adapted: bool = False
     reads_clock: bool = False
+    made: Manifest | None = None
 
     @property
     def directory(self) -> Path:
@@ -81,7 +83,7 @@ def stored(workspace: Workspace, manifest: Manifest, start: Policy | None = None
     """The policy of a model or train artifact. start : the one that training started from."""
     policy = at(workspace.artifacts.folder(manifest, "policy"))
     adapted = f"policy/{ADAPTER}/adapter_config.json" in manifest.files
-    return replace(policy, start=start, adapted=adapted)
+    return replace(policy, start=start, adapted=adapted, made=None if start is None else manifest)
 
 
 def at(directory: Path) -> Policy:

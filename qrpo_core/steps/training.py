@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,10 @@ from qrpo_core.store.recipe import Recipe
 if TYPE_CHECKING:
     from qrpo_core.train.run import OnStep
 
-VERSION = 2
+VERSION = 3
+
+#: In a train artifact: training rows and their log-probs (`train.survival.ScoredRows`).
+SCORED_ROWS = "scored_rows.json"
 
 
 def recipe(workspace: Workspace, training_set: Recipe, policy: Policy) -> Recipe:
@@ -28,7 +32,6 @@ def recipe(workspace: Workspace, training_set: Recipe, policy: Policy) -> Recipe
         "objective": recipe_fields(experiment.objective),
         "training": recipe_fields(experiment.training),
         "temperature": experiment.training_temperature,
-        "dtype": experiment.model.dtype,
     }
     return Recipe("train", VERSION, config, {"training_set": training_set.key, "policy": policy.digest})
 
@@ -41,7 +44,11 @@ def optimiser_steps(config: TrainingConfig, rows: int) -> int:
 def build(
     workspace: Workspace, asked: Recipe, training_set: Manifest, policy: Policy, on_step: OnStep | None = None
 ) -> Manifest:
-    """Commit `policy/` (a directory that from_pretrained loads), `history.json` and the diagnostics."""
+    """Commit `policy/` (a directory that from_pretrained loads), `history.json` and SCORED_ROWS.
+
+    Nothing is committed where the training did not survive being saved; the training itself is kept, and the
+    next run goes on from there.
+    """
 
     def make(scratch: Path) -> Built:
         from qrpo_core.train.card import model_card
@@ -51,21 +58,27 @@ def build(
         experiment = workspace.experiment
         data = derive(workspace, training_set)
         items = data.items()
-        history = train_policy(
+        done = train_policy(
             items,
             policy.directory,
             scratch / "policy",
-            model=experiment.model,
             objective=experiment.objective,
             training=experiment.training.model_copy(update={"temperature": experiment.training_temperature}),
             work=work_directory(asked),
             on_step=on_step,
         )
+        if done.scored is None:
+            raise AssertionError("the process that trains here has written and scored the policy")
+        saved = done.scored.facts
         (scratch / "policy" / "README.md").write_text(
-            model_card(experiment, asked, data.diagnostics, len(items)), encoding="utf-8"
+            model_card(experiment, asked, data.diagnostics, len(items), saved), encoding="utf-8"
         )
-        files = folder_files(scratch / "policy") | {"history.json": json.dumps(history).encode()}
-        return files, {"diagnostics": data.diagnostics, "steps": len(history), "rows": len(items)}
+        files = folder_files(scratch / "policy") | {
+            "history.json": json.dumps(done.history).encode(),
+            SCORED_ROWS: done.scored.to_json(),
+        }
+        facts = {"diagnostics": data.diagnostics, "steps": len(done.history), "rows": len(items)}
+        return files, facts | {"saved": saved}
 
     made = workspace.make(asked, make)
     shutil.rmtree(
@@ -75,8 +88,13 @@ def build(
 
 
 def work_directory(asked: Recipe) -> Path:
-    """Where a training keeps its checkpoints on this machine, until its policy is committed."""
-    return cache_directory() / "training" / asked.key
+    """Where a training keeps its checkpoints on this machine, until its policy is committed.
+
+    The same whatever training.save_dtype says: a policy that was refused in one is saved in another.
+    """
+    trained = {name: value for name, value in asked.config["training"].items() if name != "save_dtype"}
+    named = replace(asked, config=asked.config | {"training": trained})
+    return cache_directory() / "training" / named.key
 
 
 def example_count(workspace: Workspace, training_set: Manifest) -> int:

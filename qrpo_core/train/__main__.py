@@ -6,7 +6,8 @@ written by `qrpo_core.train.launch.write_job`, on each of them::
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         -m qrpo_core.train JOB
 
-The policy goes to the `out` of JOB/job.json, what was logged to JOB/history.json. Killed, the same command
+The policy goes to the `out` of JOB/job.json, what was logged to JOB/history.json, how much of the training
+is in it to JOB/scored_rows.json. Killed, the same command
 goes on from the last checkpoint in JOB. Without torchrun it is one process.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from qrpo_core.die_with_parent import die_with_parent
 from qrpo_core.errors import QRPOError
-from qrpo_core.train.launch import AGENT, FAILURE, HISTORY, PROGRESS, read_job, write_failure
+from qrpo_core.train.launch import AGENT, FAILURE, HISTORY, PROGRESS, SCORED, read_job, write_failure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,10 +53,11 @@ def _train(job: Path) -> None:
         with (job / PROGRESS).open("a", encoding="utf-8") as file:
             file.write(json.dumps([step, steps, logged]) + "\n")
 
-    history = train_here(items, **settings, on_step=on_step)
-    if int(os.environ.get("RANK", "0")) == 0:
+    done = train_here(items, **settings, on_step=on_step)
+    if done.scored is not None:
+        (job / SCORED).write_bytes(done.scored.to_json())
         new = job / f"{HISTORY}.new"
-        new.write_text(json.dumps(history), encoding="utf-8")
+        new.write_text(json.dumps(done.history), encoding="utf-8")
         os.replace(new, job / HISTORY)
         (job / FAILURE).unlink(missing_ok=True)  # of an earlier run by hand
 

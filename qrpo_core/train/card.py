@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -9,12 +10,23 @@ import yaml
 from qrpo_core import __version__
 from qrpo_core.config import Experiment
 from qrpo_core.evaluation.metrics import KL_ARITHMETIC
+from qrpo_core.evaluation.saved import saved_in_words
 from qrpo_core.store.recipe import Recipe
 from qrpo_core.train.names import OBJECTIVE_NAMES
 
 
-def model_card(experiment: Experiment, recipe: Recipe, diagnostics: dict[str, Any], items: int) -> str:
-    """Markdown with a front matter that model hubs read. items : completions, or pairs, trained on."""
+def model_card(
+    experiment: Experiment,
+    recipe: Recipe,
+    diagnostics: dict[str, Any],
+    items: int,
+    saved: Mapping[str, Any],
+) -> str:
+    """Markdown with a front matter that model hubs read.
+
+    items : completions, or pairs, trained on. saved : how much of the training is in the saved weights,
+    `train.survival.ScoredRows.facts`.
+    """
     name = OBJECTIVE_NAMES[experiment.objective.kind]
     front = yaml.safe_dump(
         {
@@ -39,6 +51,8 @@ made by the package qrpo {__version__}.
 |---|---|
 | this artifact | `{recipe.key}` |
 {inputs}
+
+Saved in {saved["dtype"]}: {saved_in_words(saved)}.
 
 | training data | |
 |---|---|

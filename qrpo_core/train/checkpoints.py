@@ -7,6 +7,7 @@ is used.
 
 Disk: a checkpoint holds the weights and Adam's two moments in float32, 12 bytes a trained parameter
 (8 billion: 96 GB; adapters: megabytes). At most two lie in `work` at any time, also while one is written.
+Once a training is done they make room for its weights (saving.py), 4 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +111,11 @@ def newest(work: Path, facts: dict[str, Any]) -> Path | None:
 
     Raises StoreError if it was written by another training, or in a form that this one cannot read.
     """
-    for folder in _folders(work):
-        if problem := trouble(folder):
-            _logger.warning("%s is not used: %s", folder, problem)
-            _remove(folder)
+    for candidate in _folders(work):
+        folder = whole(candidate, facts, ("training", "layout"))
+        if folder is None:
             continue
         written = json.loads((folder / MARKER).read_text(encoding="utf-8"))["facts"]
-        for name in ("training", "layout"):
-            if written[name] != facts[name]:
-                raise StoreError(
-                    f"this checkpoint is of {name} {written[name]!r}, not {facts[name]!r}",
-                    where=str(folder),
-                    remedy="go on with the settings it was written with, or delete it to begin again",
-                )
         if written["processes"] != facts["processes"]:
             _logger.warning(
                 "%s was written by %s processes, now there are %s: dropout draws other masks",
@@ -131,6 +125,33 @@ def newest(work: Path, facts: dict[str, Any]) -> Path | None:
             )
         return folder
     return None
+
+
+def whole(folder: Path, facts: dict[str, Any], same: Sequence[str]) -> Path | None:
+    """The folder if it was sealed and is what its marker says, else None, and what is left of it is deleted.
+
+    Raises StoreError where it was sealed with other `facts`, as to the names in `same`.
+    """
+    if not folder.is_dir():
+        return None
+    if problem := trouble(folder):
+        _logger.warning("%s is not used: %s", folder, problem)
+        _remove(folder)
+        return None
+    written = json.loads((folder / MARKER).read_text(encoding="utf-8"))["facts"]
+    for name in same:
+        if written[name] != facts[name]:
+            raise StoreError(
+                f"this checkpoint is of {name} {written[name]!r}, not {facts[name]!r}",
+                where=str(folder),
+                remedy="go on with the settings it was written with, or delete it to begin again",
+            )
+    return folder
+
+
+def drop_checkpoints(work: Path) -> None:
+    """Delete every checkpoint: the training is done, and what it gave is kept elsewhere."""
+    _keep(work, 0)
 
 
 def from_first(value: Any, args: Any) -> Any:

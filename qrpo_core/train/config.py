@@ -197,6 +197,11 @@ class TrainingConfig(Section):
         "a data set's own completions.",
         json_schema_extra=Speed,  # what it comes to stands in the recipes of log-probs and training
     )
+    save_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of the saved policy. float32 is what is trained; bfloat16 rounds at random, "
+        "so that the training survives in the mean, and is refused where it does not.",
+    )
     lora_rank: PositiveInt | None = Field(None, description="Train adapters of this rank; null trains all.")
     lora_alpha: PositiveFloat = Field(32.0, description="lora_rank: adapters count alpha/rank times.")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -1,9 +1,9 @@
 """Several training processes on this machine: a job on disk, torchrun, and what comes back.
 
 A job is a directory: ``items.arrow`` (what is trained on), ``job.json`` (settings and paths); the processes
-add checkpoints, ``progress.jsonl`` (a line a step), ``history.json`` when the policy is written,
-``failure.json`` when one of them fails, and ``train.log`` (all they print). They end when this process does,
-killed or not: torchrun dies with it, and they die with torchrun.
+add checkpoints, ``progress.jsonl`` (a line a step), ``trained/`` (saving.py), ``scored_rows.json`` and
+``history.json`` when the policy is written, ``failure.json`` when one of them fails, and ``train.log`` (all
+they print). They end when this process does, killed or not: torchrun dies with it, they die with torchrun.
 
 Importing this module imports nothing heavy.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import logging
 import os
@@ -24,15 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrpo_core import errors
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
-from qrpo_core.errors import DataError, QRPOError, StoreError
+from qrpo_core.config import ObjectiveConfig, TrainingConfig
+from qrpo_core.errors import ConfigError, DataError, QRPOError, StoreError
 from qrpo_core.followed import appended
+from qrpo_core.train.survival import Outcome, ScoredRows
 
 if TYPE_CHECKING:
     from qrpo_core.data.collator import Example, Item
 
 ITEMS, SETTINGS, LOG = "items.arrow", "job.json", "train.log"
-PROGRESS, HISTORY, FAILURE = "progress.jsonl", "history.json", "failure.json"
+PROGRESS, HISTORY, SCORED, FAILURE = "progress.jsonl", "history.json", "scored_rows.json", "failure.json"
 
 #: In the environment of the processes: whose death is theirs.
 AGENT = "QRPO_TRAIN_AGENT"
@@ -46,24 +48,51 @@ _BOOT = (
 )
 
 
+def require_deepspeed(training: TrainingConfig) -> None:
+    """Raise ConfigError where DeepSpeed is asked for and cannot be had, or would give rounded weights.
+
+    With 16-bit weights on it keeps the trained ones to itself, and hands over what is nearest to them.
+    """
+    where, path = "training.deepspeed", training.deepspeed
+    if path is None:
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "training.deepspeed needs the package deepspeed", where=where, remedy="pip install deepspeed"
+        )
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"no DeepSpeed config {path!r}", where=where, remedy="give the path of a JSON file"
+        ) from None
+    halves = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled", False)]
+    if halves:
+        raise ConfigError(
+            f"{path!r} turns {halves[0]} on: DeepSpeed would hand over weights rounded to the nearest, where "
+            "a training with a small learning rate is lost",
+            where=where,
+            remedy=f"set {halves[0]}.enabled to false, or use training.parallel fsdp, which shards float32",
+        )
+
+
 def launch(
     items: Sequence[Item],
     directory: Path,
     out: Path,
     *,
-    model: ModelConfig,
     objective: ObjectiveConfig,
     training: TrainingConfig,
     work: Path,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
+) -> Outcome:
     """`run.train_policy` in `training.processes` processes; see there. `work` becomes the job.
 
     Raises what the processes raise; QRPOError with the last lines of the log where one dies without a word.
     """
     with alone(work / "launch.lock"):  # the processes of a run that goes on must keep their files
-        write_job(items, directory, out, work, model=model, objective=objective, training=training)
-        for name in (PROGRESS, HISTORY, FAILURE, LOG):
+        write_job(items, directory, out, work, objective=objective, training=training)
+        for name in (PROGRESS, HISTORY, SCORED, FAILURE, LOG):
             (work / name).unlink(missing_ok=True)
         process = _torchrun(training.processes, work)
         try:
@@ -72,8 +101,8 @@ def launch(
             _end(process)
         if status != 0 or not (work / HISTORY).is_file():
             raise _failure(work, status)
-        history: list[dict[str, float]] = json.loads((work / HISTORY).read_text(encoding="utf-8"))
-        return history
+        history = json.loads((work / HISTORY).read_text(encoding="utf-8"))
+        return Outcome(history, ScoredRows.from_json((work / SCORED).read_bytes()))
 
 
 def write_job(
@@ -82,7 +111,6 @@ def write_job(
     out: Path,
     job: Path,
     *,
-    model: ModelConfig,
     objective: ObjectiveConfig,
     training: TrainingConfig,
 ) -> None:
@@ -118,7 +146,6 @@ def write_job(
         "directory": str(Path(directory).absolute()),
         "out": str(Path(out).absolute()),
         "pairs": pairs > 0,
-        "model": model.model_dump(mode="json"),
         "objective": objective.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
     }
@@ -143,7 +170,6 @@ def read_job(job: Path) -> tuple[list[Item], dict[str, Any]]:
     return items, {
         "directory": Path(settings["directory"]),
         "out": Path(settings["out"]),
-        "model": ModelConfig.model_validate(settings["model"]),
         "objective": ObjectiveConfig.model_validate(settings["objective"]),
         "training": TrainingConfig.model_validate(settings["training"]),
         "work": job,

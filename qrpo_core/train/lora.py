@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qrpo_core.config import TrainingConfig
-from qrpo_core.errors import ConfigError
+from qrpo_core.errors import ConfigError, ModelError
+from qrpo_core.policy import ModelSource, no_progress_bars
 
 _ALL = "all-linear"  # peft's name for every linear layer but the output head
 
@@ -27,14 +30,13 @@ def add_adapters(model: Any, training: TrainingConfig) -> Any:
     """Freeze a model and put adapters beside its layers (peft's PeftModel around it); B is zero, so at first
     the policy is what it was. Draws the initial A from torch's random state.
 
-    Raises ConfigError for a name in training.lora_targets that is no layer of the model.
+    Raises ConfigError for targets that cannot have one: see `check_targets`.
     """
     require_peft()
     import peft
 
     targets = training.lora_targets
-    if targets != (_ALL,):
-        _check_targets(model, targets)
+    check_targets(model, targets)
     config = peft.LoraConfig(
         r=training.lora_rank,
         lora_alpha=training.lora_alpha,
@@ -42,9 +44,7 @@ def add_adapters(model: Any, training: TrainingConfig) -> Any:
         target_modules=_ALL if targets == (_ALL,) else list(targets),
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        # peft asks the model by a name that transformers has renamed.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    with _quiet():
         return peft.get_peft_model(model, config)
 
 
@@ -57,7 +57,9 @@ def save_adapters(adapted: Any, directory: Path) -> None:
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in peft.get_peft_model_state_dict(adapted).items()}
+    # An embedding's own weight is not trained: it is not saved beside its adapter.
+    found = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    tensors = {name: tensor.contiguous() for name, tensor in found.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = None
@@ -66,22 +68,119 @@ def save_adapters(adapted: Any, directory: Path) -> None:
     config.save_pretrained(directory)
 
 
+def load_adapters(model: Any, directory: Path, dtype: str) -> Any:
+    """A float32 model with saved adapters beside its layers, whose values are first rounded to `dtype`.
+
+    That is how engines load adapters. Small numbers of their own, they lose a part of themselves, not more.
+    """
+    import peft
+    import torch
+
+    with _quiet():
+        adapted = peft.PeftModel.from_pretrained(model, directory)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(getattr(torch, dtype)).float()
+    return adapted
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """peft asks the model by a name that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
 def merge(adapted: Any) -> Any:
     """The model with its adapters added to its weights, W + (alpha / rank) B A, in the weights' own dtype."""
     return adapted.merge_and_unload()
 
 
-def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+def check_source(source: ModelSource, training: TrainingConfig) -> None:
+    """`check_targets` for a model of which only the config is read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place: dict[str, Any] = {"local_files_only": True}
+    if source.kind == "hub":
+        name, place["revision"] = source.location, source.identity["commit"]
+    elif source.kind == "gguf":
+        name, place["gguf_file"] = str(Path(source.location).parent), Path(source.location).name
+    else:
+        name = source.location
+    try:
+        with no_progress_bars(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **place))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the model's config: {error}", where=source.location) from None
+    check_targets(model, training.lora_targets)
+
+
+def check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    """Refuse targets that cannot have adapters here: ConfigError names the layer and what to give instead.
+
+    A name that is no layer; a layer of a kind that has no low-rank adapters; the output head, from whose
+    plain weight log-probs are computed; a layer whose weight another one shares (tied embeddings): merged,
+    the adapter would be in both, and the policy another one than that which was trained.
+    """
+    known = dict(model.named_modules())
+    picked = {name: target for target in targets for name in _matched(model, known, target)}
+    head = model.get_output_embeddings()
+    owners: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
+    for name, target in picked.items():
+        module = known[name]
+        others = sorted(
+            {owner for weight in module.parameters(recurse=False) for owner in owners[id(weight)]} - {name}
+        )
+        if others:
+            problem = f"layer {name}, whose weight is also that of {', '.join(others)}"
+        elif module is head:
+            problem = f"the output head {name}, from whose plain weight log-probs are computed"
+        elif not _takes_adapters(module):
+            problem = f"{name}, a {type(module).__name__}, which takes no low-rank adapters"
+        else:
+            continue
+        raise _refused(model, f"training.lora_targets names {target!r}: {problem}")
+
+
+def _matched(model: Any, known: dict[str, Any], target: str) -> list[str]:
+    """The layers that peft gives adapters for a target."""
+    if target == _ALL:
+        linear = {name: module for name, module in known.items() if _is_linear(module)}
+        return [name for name, module in linear.items() if module is not model.get_output_embeddings()]
+    # peft itself is content when one of the names is found.
+    found = [name for name in known if name == target or name.endswith(f".{target}")]
+    if not found:
+        problem = f"training.lora_targets names {target!r}, which is no layer of {type(model).__name__}"
+        raise _refused(model, problem)
+    return found
+
+
+def _refused(model: Any, problem: str) -> ConfigError:
+    head = model.get_output_embeddings()
+    fitting = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not head
+    }
+    return ConfigError(
+        problem,
+        where="training.lora_targets",
+        remedy=f"give {_ALL} alone, or names of its layers: {', '.join(sorted(fitting))}",
+    )
+
+
+def _takes_adapters(module: Any) -> bool:
     import torch
 
-    # peft itself is content when one of the names is found.
-    names = {name for name, _ in model.named_modules()}
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            raise ConfigError(
-                f"training.lora_targets names {target!r}, which is no layer of {type(model).__name__}",
-                where="training.lora_targets",
-                remedy=f"give {_ALL} alone, or names of its layers: {', '.join(known)}",
-            )
+    return _is_linear(module) or isinstance(module, torch.nn.Embedding)
+
+
+def _is_linear(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | Conv1D)

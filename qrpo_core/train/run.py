@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +19,17 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig, recipe_fields
-from qrpo_core.data.collator import Item, rows_of
+from qrpo_core.config import ObjectiveConfig, TrainingConfig, recipe_fields
+from qrpo_core.data.collator import Example, Item, rows_of
 from qrpo_core.engines.numerics import native_bfloat16, pick_device
-from qrpo_core.errors import ConfigError, DataError, ModelError, ObjectiveError
+from qrpo_core.errors import DataError, ObjectiveError
 from qrpo_core.ids import digest_json, digest_pieces
 from qrpo_core.policy import load_model, load_tokenizer, policy_digest
 from qrpo_core.train.checkpoints import Checkpoints, from_first, newest
-from qrpo_core.train.launch import alone, launch
-from qrpo_core.train.lora import add_adapters, merge, save_adapters
+from qrpo_core.train.launch import alone, launch, require_deepspeed
+from qrpo_core.train.lora import add_adapters
+from qrpo_core.train.saving import Trained, in_memory, keep, kept, save
+from qrpo_core.train.survival import Outcome, chosen_rows, float32_logprobs
 from qrpo_core.train.trainer import QRPOTrainer
 
 #: Called after every optimiser step with (step, steps in all, what was logged).
@@ -40,13 +41,12 @@ def train_policy(
     directory: Path,
     out: Path,
     *,
-    model: ModelConfig,
     objective: ObjectiveConfig,
     training: TrainingConfig,
     work: Path,
     on_step: OnStep | None = None,
-) -> list[dict[str, float]]:
-    """Fine-tune the model of `directory` and save it, with its tokenizer, to `out` in `model.dtype`.
+) -> Outcome:
+    """Fine-tune the model of `directory` and save it, with its tokenizer, to `out` in `training.save_dtype`.
 
     items : what is trained on, all examples or all pairs.
     work : a directory of this training alone, which outlives a kill: when it holds a checkpoint, training
@@ -54,27 +54,27 @@ def train_policy(
 
     training.temperature : of the policy's log-probs, and of the items' `ref_logprob`; None is 1.
 
-    Returns what was logged, one entry a step, those before a kill included; on a CPU the losses are the same
-    whether there was one or not (CUDA adds some gradients up in no fixed order). With training.lora_rank,
-    `out` holds the merged weights and `out/adapter` the adapters.
+    Returns what was logged and how much of the training is in what was saved. The log includes what came
+    before a kill; on a CPU the losses are the same whether there was one or not (CUDA adds some gradients up
+    in no fixed order). With training.lora_rank, `out` holds the merged weights and `out/adapter` the
+    adapters.
 
     Weights are trained in float32 (under bfloat16 autocast with precision bf16): a bfloat16 weight of
     0.1 has a grid of 5e-4, which would swallow most updates.
 
     Raises DataError for no items, ObjectiveError when the loss or a weight is not finite, ConfigError for
-    LoRA that cannot be had, StoreError for a `work` of another training, QRPOError when a process fails.
+    LoRA that cannot be had, StoreError for a `work` of another training, QRPOError when a process fails,
+    ModelError where what was saved is not what was trained (`work` keeps the training: see saving.py).
     """
     if not len(items):
         raise DataError("there is nothing to train on", remedy="see which rows were filtered, and why")
-    if training.deepspeed is not None:
-        _require_deepspeed(training.deepspeed)
+    require_deepspeed(training)
     train = launch if training.processes > 1 or training.deepspeed is not None else train_here
     try:
         return train(
             items,
             directory,
             out,
-            model=model,
             objective=objective,
             training=training,
             work=work,
@@ -91,62 +91,92 @@ def train_here(
     directory: Path,
     out: Path,
     *,
-    model: ModelConfig,
     objective: ObjectiveConfig,
     training: TrainingConfig,
     work: Path,
     on_step: OnStep | None = None,
-) -> list[dict[str, float]]:
+) -> Outcome:
     """`train_policy` in this process: the only one, or one of those that torchrun started.
 
-    Every process gives the same history; the first one writes the policy.
+    Every process gives the same history; the first one writes the policy and has compared it.
     """
     # Before the model: DeepSpeed ZeRO-3 shards it while it is loaded.
     arguments = training_arguments(training, work)
     first = arguments.process_index == 0
     with alone(work / "lock") if first else contextlib.nullcontext():
         facts = {
-            "training": _identity(items, directory, model, objective, training),
+            "training": _identity(items, directory, objective, training),
             "layout": "deepspeed" if arguments.deepspeed else "fsdp" if arguments.fsdp else "whole",
             "processes": arguments.world_size,
         }
-        checkpoint = from_first(newest(work, facts) if first else None, arguments)
-        transformers_logging.disable_progress_bar()  # the stage has a bar of its own
-        set_seed(training.seed)
-        policy = load_model(directory, "float32")
-        if training.lora_rank is not None:
-            policy = add_adapters(policy, training)
-        if arguments.fsdp and arguments.bf16:
-            # accelerate does this to a model, but not to a sharded one; see `_shard_as_asked`.
-            policy.forward = torch.autocast(arguments.device.type, torch.bfloat16)(policy.forward)
-        tokenizer = load_tokenizer(directory)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        trainer = QRPOTrainer(
-            policy,
-            arguments,
-            items,
-            objective=objective,
-            pad_token_id=pad or 0,
-            batch_size=training.batch_size,
-            max_tokens=training.micro_batch_tokens,
-            temperature=training.temperature or 1.0,
-            callbacks=[_Watch(on_step), Checkpoints(work, training.checkpoint_minutes, facts)],
+        rows = chosen_rows(items)
+        done = from_first(kept(work, facts) if first else None, arguments)
+        if done is None:
+            done = _train(
+                items, rows, directory, arguments, facts, objective, training, work=work, on_step=on_step
+            )
+        scored = save(work, rows, done.logprobs, directory, out, training.save_dtype) if first else None
+    return Outcome(done.history, scored)
+
+
+def _train(
+    items: Sequence[Item],
+    rows: Sequence[Example],
+    directory: Path,
+    arguments: TrainingArguments,
+    facts: dict[str, Any],
+    objective: ObjectiveConfig,
+    training: TrainingConfig,
+    *,
+    work: Path,
+    on_step: OnStep | None,
+) -> Trained:
+    """Train; what comes out is left in `work` by the first process (`saving.keep`)."""
+    first = arguments.process_index == 0
+    checkpoint = from_first(newest(work, facts) if first else None, arguments)
+    transformers_logging.disable_progress_bar()  # the stage has a bar of its own
+    set_seed(training.seed)
+    policy = load_model(directory, "float32")
+    if training.lora_rank is not None:
+        policy = add_adapters(policy, training)
+    if arguments.fsdp and arguments.bf16:
+        # accelerate does this to a model, but not to a sharded one; see `_shard_as_asked`.
+        policy.forward = torch.autocast(arguments.device.type, torch.bfloat16)(policy.forward)
+    tokenizer = load_tokenizer(directory)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    trainer = QRPOTrainer(
+        policy,
+        arguments,
+        items,
+        objective=objective,
+        pad_token_id=pad or 0,
+        batch_size=training.batch_size,
+        max_tokens=training.micro_batch_tokens,
+        temperature=training.temperature or 1.0,
+        callbacks=[_Watch(on_step), Checkpoints(work, training.checkpoint_minutes, facts)],
+    )
+    trainer.remove_callback(PrinterCallback)  # progress is on_step's affair
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered from every process
+    logprobs = None
+    if not arguments.deepspeed:
+        logprobs = float32_logprobs(in_memory(trainer.model_wrapped), rows, arguments.device)
+    history = _history(trainer.state.log_history)
+    if first:
+        del policy, trainer  # the optimiser's memory
+        gc.collect()
+        return keep(
+            weights, rows, logprobs, history, directory=directory, training=training, work=work, facts=facts
         )
-        trainer.remove_callback(PrinterCallback)  # progress is on_step's affair
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered from every process
-        if first:
-            _save_policy(weights, directory, out, model.dtype, training)
-            tokenizer.save_pretrained(out)
-    return _history(trainer.state.log_history)
+    return Trained(history, [])
 
 
 def training_arguments(training: TrainingConfig, work: Path) -> TrainingArguments:
     """The Trainer's settings; joins the process group where torchrun has started this process.
 
     fsdp : FSDP2, one shard a decoder layer. Each process loads the whole model into host memory first.
-    deepspeed : the given JSON; its bf16 section decides the precision, and ZeRO-3 needs
-        stage3_gather_16bit_weights_on_model_save. Never run by this project's tests, which have no GPU.
+    deepspeed : the given JSON; ZeRO-3 needs stage3_gather_16bit_weights_on_model_save (which gathers weights
+        of any precision). Never run by this project's tests, which have no GPU.
     """
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -180,20 +210,6 @@ def training_arguments(training: TrainingConfig, work: Path) -> TrainingArgument
     return arguments
 
 
-def _require_deepspeed(path: str) -> None:
-    """Raise ConfigError before anything starts where DeepSpeed cannot be had."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            "training.deepspeed needs the package deepspeed",
-            where="training.deepspeed",
-            remedy="pip install deepspeed",
-        )
-    if not Path(path).is_file():
-        raise ConfigError(
-            f"no DeepSpeed config {path!r}", where="training.deepspeed", remedy="give the path of a JSON file"
-        )
-
-
 def _sharding(training: TrainingConfig) -> dict[str, Any]:
     """FSDP2's settings, for several processes that ask for it; each writes and reads its own shards."""
     if training.parallel != "fsdp" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -220,12 +236,14 @@ def _shard_as_asked(arguments: TrainingArguments) -> None:
 def _identity(
     items: Sequence[Item],
     directory: Path,
-    model: ModelConfig,
     objective: ObjectiveConfig,
     training: TrainingConfig,
 ) -> str:
     """A digest of all that decides the losses, so that no checkpoint of another training is gone on from:
-    every token and number of every row, which rows are pairs, the starting policy, and the settings."""
+    every token and number of every row, which rows are pairs, the starting policy, and the settings.
+
+    In which precision the policy is saved makes no other training.
+    """
 
     def pieces() -> Iterator[bytes]:
         for item in items:
@@ -242,42 +260,11 @@ def _identity(
         [
             digest_pieces(pieces()),
             policy_digest(directory),
-            model.dtype,
             recipe_fields(objective),
-            recipe_fields(training),
+            {name: value for name, value in recipe_fields(training).items() if name != "save_dtype"},
             training.temperature or 1.0,
         ]
     )
-
-
-def _save_policy(
-    weights: dict[str, torch.Tensor], directory: Path, out: Path, dtype: str, training: TrainingConfig
-) -> None:
-    """Put trained weights into the starting policy and save it; adapters are merged in float32, then cast."""
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ObjectiveError(
-                f"{name} is not finite after training", remedy="lower training.learning_rate"
-            )
-    if training.lora_rank is None:
-        policy = load_model(directory, dtype)
-        _fill(policy, weights)
-    else:
-        adapted = add_adapters(load_model(directory, "float32"), training)
-        _fill(adapted, weights)
-        save_adapters(adapted, out / "adapter")
-        policy = merge(adapted).to(getattr(torch, dtype))
-    policy.save_pretrained(out)
-
-
-def _fill(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Load a state dict, casting; only a weight that is tied to one of its weights may be missing."""
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled = {parameters[name].data_ptr() for name in weights if name in parameters}
-    left = [name for name in missing if name not in parameters or parameters[name].data_ptr() not in filled]
-    if left or unexpected:
-        raise ModelError(f"the trained weights do not fit the policy: {[*left, *unexpected][0]}")
 
 
 def _history(entries: Sequence[dict[str, float]]) -> list[dict[str, float]]:

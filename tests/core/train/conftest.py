@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
+from qrpo_core.config import ObjectiveConfig, TrainingConfig
 from qrpo_core.data.collator import Example
 from qrpo_core.train.launch import write_job
 
@@ -49,7 +49,6 @@ def make_job(
             tiny_model,
             folder / "policy",
             folder / "job",
-            model=ModelConfig(path="tiny", dtype="float32"),
             objective=ObjectiveConfig(beta=0.5),
             training=TrainingConfig.model_validate(settings),
         )

@@ -23,7 +23,8 @@ import pytest
 
 from qrpo_core.train.__main__ import main
 from qrpo_core.train.checkpoints import MARKER
-from qrpo_core.train.launch import HISTORY, launch, read_job
+from qrpo_core.train.launch import HISTORY, SCORED, launch, read_job
+from qrpo_core.train.survival import ScoredRows
 
 TIMED = {"tokens_per_second", "peak_memory_gb"}
 #: How a step is cut into passes depends on the processes, and with it what is padded.
@@ -59,6 +60,11 @@ def finish(server: ForkServerContext, job: Path, processes: int) -> Finished:
     for process in started:
         process.join(60)
     assert [process.exitcode for process in started] == [0] * processes
+    saved = ScoredRows.from_json((job / SCORED).read_bytes()).survival
+    assert saved.rows == EXAMPLES
+    assert saved.share == pytest.approx(1, abs=1e-3)
+    assert saved.trained > 0.1
+    assert saved.largest_difference < 1e-3
     return kept(json.loads((job / HISTORY).read_text())), load_file(
         job.parent / "policy" / "model.safetensors"
     )
@@ -190,7 +196,10 @@ def test_torchrun_gives_the_numbers_of_one_process(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     items, given = read_job(make_job(processes=2))
     seen: list[tuple[int, int, float]] = []
-    history = launch(items, **given, on_step=lambda *step: seen.append((*step[:2], step[2]["loss"])))
+    done = launch(items, **given, on_step=lambda *step: seen.append((*step[:2], step[2]["loss"])))
+    history = done.history
+    assert done.scored is not None
+    assert done.scored.survival.share == pytest.approx(1, abs=1e-3)
     assert_close(kept(history), uninterrupted(1)[0])
     assert seen == [(step, STEPS, entry["loss"]) for step, entry in enumerate(history, start=1)]
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from qrpo_core.config import ModelConfig, ObjectiveConfig, TrainingConfig
+from qrpo_core.config import ObjectiveConfig, TrainingConfig
 from qrpo_core.data.collator import Example, Item, Pair
 from qrpo_core.errors import ConfigError, DataError, ModelError, ObjectiveError, QRPOError, StoreError
 from qrpo_core.policy import load_model, load_tokenizer
+from qrpo_core.rounding import stochastic_bfloat16
 from qrpo_core.train.__main__ import main
 from qrpo_core.train.launch import FAILURE, HISTORY, _failure, read_job, write_job
 from qrpo_core.train.run import _identity, train_policy
@@ -31,21 +32,18 @@ def example(row: int) -> Example:
 EXAMPLES = [example(row) for row in range(10)]
 
 
-def train(
-    model: Path, folder: Path, items: list[Any] = EXAMPLES, dtype: str = "float32", **training: Any
-) -> list[dict[str, float]]:
+def train(model: Path, folder: Path, items: list[Any] = EXAMPLES, **training: Any) -> list[dict[str, float]]:
     settings = {"precision": "fp32", "batch_size": 4, "learning_rate": 1e-3} | training
     on_step = settings.pop("on_step", None)
     return train_policy(
         items,
         model,
         folder / "policy",
-        model=ModelConfig(path="tiny", dtype=dtype),  # type: ignore[arg-type]
         objective=ObjectiveConfig(beta=0.5),
         training=TrainingConfig.model_validate(settings),
         work=folder / "work",
         on_step=on_step,
-    )
+    ).history
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -64,14 +62,8 @@ def test_every_step_is_returned_and_reported(tiny_model: Path, tmp_path: Path) -
     assert rates == pytest.approx(1e-3 * np.array([0, *(0.5 + 0.5 * np.cos(np.pi * np.arange(5) / 5))]))
 
 
-def identity(items: list[Any], directory: Path, dtype: str = "float32", **training: Any) -> str:
-    return _identity(
-        items,
-        directory,
-        ModelConfig(path="tiny", dtype=dtype),  # type: ignore[arg-type]
-        ObjectiveConfig(beta=0.5),
-        TrainingConfig.model_validate(training),
-    )
+def identity(items: list[Any], directory: Path, **training: Any) -> str:
+    return _identity(items, directory, ObjectiveConfig(beta=0.5), TrainingConfig.model_validate(training))
 
 
 def test_the_identity_of_a_training_has_everything_that_decides_its_losses(
@@ -101,12 +93,12 @@ def test_the_identity_of_a_training_has_everything_that_decides_its_losses(
     assert identity([replace(first, token_ids=np.array(first.token_ids)), second, *rest], tiny_model) in names
     names[identity(EXAMPLES, tiny_model, temperature=0.7)] = "temperature"
     names[identity(EXAMPLES, tiny_model, seed=1)] = "seed"
-    names[identity(EXAMPLES, tiny_model, "bfloat16")] = "dtype"
     other = make_tiny_model(tmp_path / "other")
     (other / "merges.txt").write_text("another tokenizer")
     names[identity(EXAMPLES, other)] = "policy"
-    assert len(names) == len(changed) + 4
+    assert len(names) == len(changed) + 3
     assert identity(EXAMPLES, tiny_model, temperature=1.0) == identity(EXAMPLES, tiny_model)
+    assert identity(EXAMPLES, tiny_model, save_dtype="bfloat16") == identity(EXAMPLES, tiny_model)
     assert identity(EXAMPLES, tiny_model, micro_batch_tokens=64) == identity(EXAMPLES, tiny_model)
 
 
@@ -128,14 +120,15 @@ def test_a_checkpoint_of_a_training_on_other_tokens_is_not_gone_on_from(
 
 def test_the_policy_is_the_trained_weights_in_its_own_dtype(tiny_model: Path, tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
-        train(tiny_model, tmp_path / dtype, dtype=dtype)
+        train(tiny_model, tmp_path / dtype, save_dtype=dtype)
+        config = json.loads((tmp_path / dtype / "policy" / "config.json").read_text())
+        assert config["dtype"] == dtype
     whole = load_model(tmp_path / "float32" / "policy", "float32").state_dict()
-    config = json.loads((tmp_path / "bfloat16" / "policy" / "config.json").read_text())
-    rounded = load_model(tmp_path / "bfloat16" / "policy", config["dtype"]).state_dict()
+    rounded = load_model(tmp_path / "bfloat16" / "policy", "auto").state_dict()
     before = load_model(tiny_model, "float32").state_dict()
-    assert config["dtype"] == "bfloat16"
     for name, tensor in whole.items():
-        assert torch.equal(tensor.bfloat16(), rounded[name])
+        assert rounded[name].dtype == torch.bfloat16
+        assert torch.equal(stochastic_bfloat16(tensor, name), rounded[name])
         assert not torch.equal(tensor, before[name])
     assert (
         load_tokenizer(tmp_path / "float32" / "policy").chat_template
@@ -204,6 +197,10 @@ def test_deepspeed_that_cannot_be_had_is_refused(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(ConfigError, match=r"no DeepSpeed config 'zero3.json' \[training.deepspeed\]"):
         train(tiny_model, tmp_path, deepspeed="zero3.json")
+    for name, enabled in (("bf16", True), ("bf16", "auto"), ("fp16", True)):
+        (tmp_path / "zero.json").write_text(json.dumps({name: {"enabled": enabled}, "train_batch_size": 4}))
+        with pytest.raises(ConfigError, match=f"turns {name} on: .* rounded to the nearest"):
+            train(tiny_model, tmp_path, deepspeed=str(tmp_path / "zero.json"))
 
 
 def test_a_loss_that_is_no_number_ends_the_training(tiny_model: Path, tmp_path: Path) -> None:
@@ -248,7 +245,6 @@ def test_work_left_by_another_training_is_refused(tiny_model: Path, tmp_path: Pa
 )
 def test_a_job_is_read_as_it_was_written(items: list[Item], tmp_path: Path) -> None:
     settings = {
-        "model": ModelConfig(path="tiny", dtype="float32"),
         "objective": ObjectiveConfig(kind="qrpo", transform="power", exponent=1 / 3, beta=1e-7),
         "training": TrainingConfig(lora_rank=3, lora_targets=("q_proj",), checkpoint_minutes=0.1),
     }
@@ -276,7 +272,6 @@ def test_a_job_of_both_kinds_is_refused(tmp_path: Path) -> None:
             tmp_path,
             tmp_path,
             tmp_path,
-            model=ModelConfig(path="tiny"),
             objective=ObjectiveConfig(),
             training=TrainingConfig(),
         )
@@ -318,7 +313,6 @@ def job(tiny_model: Path, tmp_path: Path) -> Path:
         tmp_path / "model",
         tmp_path / "policy",
         tmp_path / "job",
-        model=ModelConfig(path="tiny", dtype="float32"),
         objective=ObjectiveConfig(beta=0.5),
         training=TrainingConfig(precision="fp32", batch_size=4, learning_rate=1e-3),
     )

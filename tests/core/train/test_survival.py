@@ -1,0 +1,293 @@
+"""What is saved is what was trained: the measure, what it refuses, and that a refusal costs no training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qrpo_core.config import ObjectiveConfig, TrainingConfig
+from qrpo_core.data.collator import Example, Pair
+from qrpo_core.errors import ConfigError, ModelError
+from qrpo_core.policy import load_model, load_tokenizer
+from qrpo_core.train.lora import check_targets
+from qrpo_core.train.run import train_policy
+from qrpo_core.train.saving import TRAINED
+from qrpo_core.train.survival import (
+    ROWS,
+    Outcome,
+    ScoredRows,
+    chosen_rows,
+    require_same,
+    require_share,
+    survival,
+)
+
+Train = Callable[..., Outcome]
+
+
+def examples(count: int, length: int = 12) -> list[Example]:
+    draw = np.random.default_rng(0)
+    rows = []
+    for row in range(count):
+        prompt, tokens = (draw.integers(0, 256, size).tolist() for size in (5, length))
+        rows.append(Example(prompt, tokens, target=(-1.0) ** row, beta=0.1, ref_logprob=-60.0))
+    return rows
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
+    """Train a directory's policy on some rows; `out` and `work` lie beside each other."""
+
+    def run(model: Path, name: str = "one", items: list[Any] | None = None, **training: Any) -> Outcome:
+        on_step = training.pop("on_step", None)
+        settings = {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0} | training
+        return train_policy(
+            items or examples(24),
+            model,
+            tmp_path / name,
+            objective=ObjectiveConfig(beta=0.1),
+            training=TrainingConfig.model_validate(settings),
+            work=tmp_path / "work",
+            on_step=on_step,
+        )
+
+    return run
+
+
+@pytest.fixture
+def saved_model(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """The tiny model, saved again with tied embeddings or on the bfloat16 grid."""
+
+    def make(*, tied: bool = False, dtype: str = "float32") -> Path:
+        model = load_model(tiny_model, dtype)
+        if tied:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        folder = tmp_path / "start"
+        model.save_pretrained(folder)
+        load_tokenizer(tiny_model).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_the_share_is_a_slope_through_the_origin() -> None:
+    found = survival([-10, -10, -10], [-9, -12, -10], [-9.5, -11.5, -10.25])
+    assert found.rows == 3
+    assert found.share == pytest.approx((1 * 0.5 + 2 * 1.5) / 5)
+    assert found.trained == pytest.approx(1.0)
+    assert found.written == pytest.approx((0.5 + 1.5 + 0.25) / 3)
+    assert found.largest_difference == pytest.approx(0.5)
+    assert "70.0 % of the training survived (mean |log-ratio| 0.75 of 1 nats" in found.words
+
+
+@given(
+    st.lists(st.tuples(st.floats(-500, -1), st.floats(-9, 9)), min_size=1, max_size=64),
+    st.floats(-3, 3),
+)
+def test_a_policy_that_went_a_part_of_the_way_has_that_share(
+    rows: list[tuple[float, float]], part: float
+) -> None:
+    start = np.array([row[0] for row in rows])
+    moved = np.array([row[1] for row in rows])
+    found = survival(list(start), list(start + moved), list(start + part * moved))
+    if found.share is not None:
+        assert found.share == pytest.approx(part, abs=1e-6)
+    assert found.written == pytest.approx(abs(part) * found.trained, abs=1e-9)
+
+
+def test_a_training_that_float32_does_not_show_has_no_share() -> None:
+    start = np.full(8, -400.0)
+    assert survival(list(start), list(start + 1e-4), list(start)).share is None
+    assert survival(list(start), list(start + 1.0), list(start)).share == 0.0
+    require_same(list(start), list(start), list(start + 1e-4), adapted=False)
+    with pytest.raises(ModelError, match=r"largest difference 1, on 8"):
+        require_same(list(start), list(start), list(start + 1.0), adapted=False)
+
+
+@pytest.mark.parametrize(("share", "fits"), [(1.0, True), (0.91, True), (0.89, False), (1.2, False)])
+def test_below_nine_tenths_a_rounded_policy_is_refused(share: float, fits: bool) -> None:
+    start, moved = np.full(8, -40.0), np.linspace(-2, 2, 8)
+    values = [list(values) for values in (start, start + moved, start + share * moved)]
+    scored = ScoredRows("bfloat16", [([1], [2])] * 8, *values)
+    assert ScoredRows.from_json(scored.to_json()) == scored
+    if fits:
+        require_share(scored)
+        return
+    with pytest.raises(ModelError, match=r"\d+\.0 % of the training .* set training.save_dtype: float32"):
+        require_share(scored)
+
+
+def test_an_untrained_policy_is_compared_by_its_differences() -> None:
+    start = [-40.0] * 4
+    rows = [([1], [2] * 10)] * 4
+    require_share(ScoredRows("bfloat16", rows, start, start, [-40.5] * 4))
+    with pytest.raises(ModelError, match="moved nothing that float32 shows"):
+        require_share(ScoredRows("bfloat16", rows, start, start, [-44.0] * 4))
+
+
+def test_rows_are_chosen_evenly_and_always_the_same() -> None:
+    few, many = examples(7, 2), examples(1000, 2)
+    assert chosen_rows(few) == few
+    chosen = chosen_rows(many)
+    assert len(chosen) == ROWS
+    assert chosen == chosen_rows(many)
+    assert (chosen[0], chosen[-1]) == (many[0], many[-1])
+    pairs = [Pair(*few[:2]), Pair(*few[2:4])]
+    assert chosen_rows(pairs) == few[:4]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "training", [{}, {"lora_rank": 4}, {"precision": "bf16"}, {"precision": "bf16", "lora_rank": 4}], ids=str
+)
+def test_the_whole_training_is_saved(
+    saved_model: Callable[..., Path], train: Train, tmp_path: Path, training: dict[str, Any], dtype: str
+) -> None:
+    start = saved_model(tied=True, dtype="bfloat16")
+    scored = train(start, save_dtype=dtype, learning_rate=3e-3, **training).scored
+    assert scored is not None
+    found = scored.survival
+    assert found.share == pytest.approx(1, abs=1e-4 if dtype == "float32" else 0.05)
+    assert found.trained > 1
+    assert found.largest_difference < (1e-3 if dtype == "float32" else 1)
+    model = load_model(tmp_path / "one", "auto")
+    assert str(model.dtype) == f"torch.{dtype}"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (tmp_path / "one" / "adapter").is_dir() == ("lora_rank" in training)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:.*tied:UserWarning")  # peft's own
+def test_a_merge_into_the_head_as_well_is_refused(
+    saved_model: Callable[..., Path], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = saved_model(tied=True)
+    lora: dict[str, Any] = {"lora_rank": 4, "lora_targets": ["embed_tokens", "q_proj"], "learning_rate": 1e-2}
+    with pytest.raises(ConfigError, match=r"layer model\.embed_tokens, whose weight is also that of lm_head"):
+        train(start, **lora)
+    monkeypatch.setattr("qrpo_core.train.lora.check_targets", lambda model, targets: None)
+    with pytest.raises(ModelError, match=r"the merge of the adapters makes another policy .*lora_targets"):
+        train(start, **lora)
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_merge_done_twice_is_refused(
+    tiny_model: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(adapted: Any) -> Any:
+        for name, module in adapted.named_modules():
+            if name.endswith("q_proj"):
+                module.scaling["default"] *= 2
+        return adapted.merge_and_unload()
+
+    monkeypatch.setattr("qrpo_core.train.saving.merge", twice)
+    with pytest.raises(ModelError, match="the merge of the adapters makes another policy"):
+        train(tiny_model, lora_rank=4, learning_rate=1e-2)
+
+
+def test_embeddings_of_their_own_take_adapters(tiny_model: Path, train: Train) -> None:
+    scored = train(
+        tiny_model, lora_rank=4, lora_targets=["embed_tokens", "q_proj"], learning_rate=1e-2
+    ).scored
+    assert scored is not None
+    assert scored.survival.share == pytest.approx(1, abs=1e-4)
+
+
+def nearest(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    return tensor.bfloat16()
+
+
+def test_a_refusal_costs_no_training(
+    saved_model: Callable[..., Path], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kind of loss that this is for: a small learning rate, and rounding to the nearest."""
+    start = saved_model(dtype="bfloat16")
+    monkeypatch.setattr("qrpo_core.rounding.stochastic_bfloat16", nearest)
+    seen: list[int] = []
+    small: dict[str, Any] = {
+        "learning_rate": 1e-5,
+        "on_step": lambda step, *_: seen.append(step),
+        "checkpoint_minutes": 0,
+    }
+    with pytest.raises(ModelError, match=r"saved in bfloat16, the policy is not the one that was trained"):
+        train(start, save_dtype="bfloat16", **small)
+    assert seen == [1, 2, 3]
+    assert not (tmp_path / "one").exists()
+    assert not list((tmp_path / "work").glob("checkpoint-*")), "a training that is done needs none"
+    done = train(start, save_dtype="float32", **small)
+    assert seen == [1, 2, 3], "nothing was trained again"
+    assert [entry["step"] for entry in done.history] == [1, 2, 3]
+    assert done.scored is not None
+    assert done.scored.survival.share == pytest.approx(1, abs=0.01)
+    trained = (tmp_path / "work" / TRAINED / "policy" / "model.safetensors").read_bytes()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == trained
+
+
+def test_a_damaged_rest_is_trained_again(tiny_model: Path, train: Train, tmp_path: Path) -> None:
+    first = train(tiny_model)
+    weights = tmp_path / "work" / TRAINED / "policy" / "model.safetensors"
+    expected = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(expected[:-1])
+    seen: list[int] = []
+    again = train(tiny_model, "two", on_step=lambda step, *_: seen.append(step))
+    assert seen == [1, 2, 3]
+    assert [entry["loss"] for entry in again.history] == [entry["loss"] for entry in first.history]
+    assert (tmp_path / "two" / "model.safetensors").read_bytes() == expected
+
+
+def test_a_config_that_says_another_dtype_is_refused(
+    tiny_model: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qrpo_core.train import saving
+
+    def keep(*given: Any, work: Path, **named: Any) -> Any:
+        done = kept(*given, work=work, **named)
+        path = work / TRAINED / "policy" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+        return done
+
+    kept = saving.keep
+    monkeypatch.setattr("qrpo_core.train.run.keep", keep)
+    with pytest.raises(ModelError, match="the saved policy loads in bfloat16, not in float32"):
+        train(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("tied", "target", "problem"),
+    [
+        (True, "embed_tokens", "layer model.embed_tokens, whose weight is also that of lm_head"),
+        (True, "model.embed_tokens", "layer model.embed_tokens, whose weight is also that of lm_head"),
+        (True, "lm_head", "layer lm_head, whose weight is also that of model.embed_tokens"),
+        (False, "lm_head", "the output head lm_head"),
+        (False, "mlp", "a LlamaMLP, which takes no low-rank adapters"),
+        (False, "input_layernorm", "a LlamaRMSNorm, which takes no low-rank adapters"),
+        (False, "embed", "which is no layer of LlamaForCausalLM"),
+        (False, ".*_proj", "which is no layer of LlamaForCausalLM"),
+    ],
+)
+def test_targets_that_cannot_have_adapters_are_named(
+    saved_model: Callable[..., Path], tied: bool, target: str, problem: str
+) -> None:
+    model = load_model(saved_model(tied=tied), "float32")
+    with pytest.raises(ConfigError, match=problem) as error:
+        check_targets(model, ("q_proj", target))
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(error.value.remedy)
+    assert "lm_head" not in str(error.value.remedy)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_targets_of_every_day_pass(saved_model: Callable[..., Path], tied: bool) -> None:
+    model = load_model(saved_model(tied=tied), "float32")
+    for targets in (("all-linear",), ("q_proj", "v_proj"), ("model.layers.0.mlp.up_proj",)):
+        check_targets(model, targets)
+    if not tied:
+        check_targets(model, ("embed_tokens",))
