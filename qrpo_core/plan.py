@@ -156,8 +156,13 @@ def _rows(workspace: Workspace, step: BlockStep) -> StagePlan:
 
 
 def _cut(workspace: Workspace, step: BlockStep, committed: Iterable[BlockManifest]) -> str:
-    """How many of the drawn completions the length limit cut, and what training makes of them."""
-    counted = [block for block in committed if "cut" in block.facts]
+    """How many of a step's completions the length limit cut, and what training makes of them; "" for none."""
+    wanted = step.wanted  # a recipe holds training and held-out prompts, in blocks of their own
+    counted = [
+        block
+        for block in committed
+        if isinstance(block.facts.get("cut"), int) and all(run.key in wanted for run in block.runs)
+    ]
     cut = sum(int(block.facts["cut"]) for block in counted)
     if not cut or not isinstance(step, SampleStep):
         return ""

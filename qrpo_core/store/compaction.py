@@ -136,7 +136,10 @@ def _merge(data: BlockData, store: Store, recipe: Recipe, group: Group, rows_per
         return 0
     facts, seconds = merged_facts(group), sum(block.seconds for block in group) / len(table)
     tries = {pair: tried.tries for pair, tried in passing.items()}
-    made = [store(plan, part, seconds * plan.rows, facts, tries) for plan, part in parts]
+    made = [
+        store(plan, part, seconds * plan.rows, _share(facts, plan.rows / len(table)), tries)
+        for plan, part in parts
+    ]
     kept = {block.block for block in made}
     for block in sorted(group, key=lambda block: block.block, reverse=True):
         if block.block not in kept:
@@ -173,6 +176,14 @@ def _rows_of(group: Group) -> Wanted:
         for run in block.runs:
             rows.setdefault(run.key, set()).update(range(run.first, run.first + run.count))
     return {key: sorted(indices) for key, indices in rows.items()}
+
+
+def _share(facts: dict[str, Any], share: float) -> dict[str, Any]:
+    """The facts of a part of merged blocks: counts in proportion to its rows."""
+    return {
+        name: round(value * share) if isinstance(value, int) and not isinstance(value, bool) else value
+        for name, value in facts.items()
+    }
 
 
 def merged_facts(group: Group) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from qrpo_core.errors import DamagedError
 from qrpo_core.records import LOGPROBS
 from qrpo_core.store.block_manifest import BlockManifest
 from qrpo_core.store.blocks import BlockPlan, Blocks, Compaction, Run, Runs, missing_runs, pack
-from qrpo_core.store.compaction import merged_facts
+from qrpo_core.store.compaction import _share, merged_facts
 from qrpo_core.store.objects import LocalObjects, Objects, open_objects
 from tests.faults.rows import RECIPE, Dying, Killed, commit, fill, read, rows
 
@@ -172,6 +172,12 @@ def test_a_damaged_block_is_set_aside_not_merged(objects: Objects) -> None:
         Blocks(objects, StoreConfig(verify="never")).compact(RECIPE, 16)
     assert fill(blocks, {"p": range(6)}, rows_per_block=2) == 2
     assert blocks.compact(RECIPE, 16).after == 1
+
+
+def test_counts_are_shared_out_among_the_parts_of_what_is_merged() -> None:
+    facts = {"tokens": 10, "cut": 6, "exact": True, "engine": "a"}
+    assert _share(facts, 0.5) == {"tokens": 5, "cut": 3, "exact": True, "engine": "a"}
+    assert _share(facts, 1.0) == facts
 
 
 def test_facts_are_merged() -> None:

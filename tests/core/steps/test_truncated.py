@@ -230,6 +230,7 @@ def test_plan_table_headline_and_log_say_how_many_and_what_becomes_of_them(
     ended, _ = drawn(chain.first)
     some = f"{sum(ended.values())} of {len(ended)}"
     assert f"{some} completions are cut by the length limit, and left out of training" in caplog.text
+    steps.fill(workspace, chain.before.samples)  # of the same recipe, and counted by itself
     shown = "\n".join(plan_lines(plan(workspace), "store"))
     assert f"{some} are cut by the length limit, and left out of training" in shown
     made = workspace.artifacts.get
