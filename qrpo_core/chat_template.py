@@ -299,12 +299,13 @@ def holds(tail: str, text: str) -> bool:
         return True
     for mark, closes in THINKING:
         thinking, answer = thinking_of(text, closes)
-        if thinking is not None:
-            shown = thinking.strip().removeprefix(mark).strip()
-            before, found, after = tail.rpartition(closes)
-            return (
-                bool(found) and before.strip().removeprefix(mark).strip() == shown and answer.strip() in after
-            )
+        before, closed, after = tail.rpartition(closes)
+        if thinking is None or not closed or answer.strip() not in after:
+            continue
+        shown = thinking.strip().removeprefix(mark).strip()
+        if before.rstrip().endswith(shown):
+            opened = before.rstrip().removesuffix(shown).rstrip()
+            return not opened or opened.endswith(mark)  # the prompt opened it, or the answer does
     return False
 
 

@@ -11,10 +11,7 @@ import importlib.util
 import json
 import logging
 import mmap
-import os
 import re
-import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -23,9 +20,9 @@ from typing import Any, Literal
 
 from qrpo_core.config import ModelConfig
 from qrpo_core.errors import ModelError
+from qrpo_core.file_digests import file_digests
 from qrpo_core.gguf_tokenizer import honour_split
-from qrpo_core.ids import digest_file, digest_json
-from qrpo_core.store.artifacts import cache_directory
+from qrpo_core.ids import digest_json
 from qrpo_core.template_clock import folder_reads_clock
 
 _logger = logging.getLogger("qrpo.policy")
@@ -60,8 +57,6 @@ POLICY_FILES = (
 _SETTINGS_FILES = tuple(name for name in POLICY_FILES if name not in WEIGHT_FILES)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-#: A file changed this recently is hashed again next time: its times may not show another change at once.
-_SETTLED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +175,7 @@ def policy_digest(directory: Path) -> str:
     paths = sorted(path for path in Path(directory).iterdir() if _matches(path.name, POLICY_FILES))
     if not paths:
         raise ModelError("no policy in this directory", where=str(directory), remedy="see model.path")
-    return digest_json(dict(zip((path.name for path in paths), _file_digests(paths), strict=True)))
+    return digest_json(dict(zip((path.name for path in paths), file_digests(paths), strict=True)))
 
 
 def load_model(directory: Path, dtype: str, *, device: str = "cpu") -> Any:
@@ -250,7 +245,7 @@ def _gguf(file: Path, given: str) -> ModelSource:
         with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content.find(b"tokenizer.chat_template") < 0:
                 raise ModelError("the GGUF file holds no chat template", where=given, remedy=_TEMPLATE_REMEDY)
-    return ModelSource("gguf", str(file.resolve()), {"kind": "gguf", "digest": _file_digests([file])[0]})
+    return ModelSource("gguf", str(file.resolve()), {"kind": "gguf", "digest": file_digests([file])[0]})
 
 
 _TEMPLATE_REMEDY = "use an instruction-tuned model, or put a chat_template.jinja beside its tokenizer"
@@ -318,42 +313,3 @@ def no_progress_bars() -> Iterator[None]:
         gguf_loader.tqdm = plain_bar
         if shown:
             logging.enable_progress_bar()
-
-
-def _file_digests(paths: Iterable[Path]) -> list[str]:
-    """sha256 of each file, remembered by resolved path, size and modification time."""
-    memory = cache_directory() / "digests.json"
-    known = _remembered(memory)
-    fresh: dict[str, list[Any]] = {}
-    digests = []
-    for path in paths:
-        real = path.resolve()
-        status = real.stat()
-        entry = known.get(str(real))
-        if isinstance(entry, list) and entry[:2] == [status.st_size, status.st_mtime_ns] and len(entry) == 3:
-            digests.append(str(entry[2]))
-            continue
-        digests.append(digest_file(real))
-        if time.time() - status.st_mtime > _SETTLED_SECONDS:
-            fresh[str(real)] = [status.st_size, status.st_mtime_ns, digests[-1]]
-    if fresh:
-        _remember(memory, _remembered(memory) | fresh)
-    return digests
-
-
-def _remembered(memory: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # absent or damaged: it holds nothing that cannot be computed again
-    return value if isinstance(value, dict) else {}
-
-
-def _remember(memory: Path, digests: dict[str, Any]) -> None:
-    """Replace the memory in one step; a cache that cannot be written is no reason to stop."""
-    with contextlib.suppress(OSError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=memory.parent, prefix="digests-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(digests, file)
-        os.replace(name, memory)

@@ -22,7 +22,7 @@ def check_rows(workspace: Workspace, asked: Recipe) -> Stage:
         with stage_progress("check rows", len(tables.prompts), "prompts") as advance:
             return usable.build(workspace, asked, tables, reference, advance)
 
-    return make(workspace, "check rows", usable.recipe(workspace, asked, reference.digest), build)
+    return make(workspace, "check rows", usable.recipe(workspace, asked, reference), build)
 
 
 def prepare(workspace: Workspace, round_: Round, compute: Compute = in_this_run) -> list[Stage]:

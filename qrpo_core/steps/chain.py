@@ -172,7 +172,7 @@ def chain(
         reference,
         found,
         asked,
-        usable.recipe(workspace, asked, reference.digest),
+        usable.recipe(workspace, asked, reference),
         first_round(workspace, reference, asked, found),
         held_out_steps(workspace, found.prompts, reference, "before"),
     )

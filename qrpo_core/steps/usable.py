@@ -78,8 +78,8 @@ class UsableTables:
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
-def recipe(workspace: Workspace, asked: Recipe, policy_digest: str) -> Recipe:
-    """Decided by the prompts, the policy's tokenizer, lengths, and what the rewards take.
+def recipe(workspace: Workspace, asked: Recipe, policy: Policy) -> Recipe:
+    """Decided by the prompts, the policy's tokenizer and template, lengths, and what the rewards take.
 
     asked : the prompts' recipe.
     """
@@ -92,8 +92,9 @@ def recipe(workspace: Workspace, asked: Recipe, policy_digest: str) -> Recipe:
         "offline": experiment.training_data.mode == "offline",
         "reward": reward_identity(experiment.reward),
         "judges": {name: reward_identity(each) for name, each in experiment.evaluation.judges.items()},
+        **policies.rendering(workspace, policy),
     }
-    return Recipe("usable", VERSION, config, {"prompts": asked.key, "policy": policy_digest})
+    return Recipe("usable", VERSION, config, {"prompts": asked.key, "policy": policy.digest})
 
 
 def check(
@@ -107,7 +108,7 @@ def check(
     reference = policies.reference(workspace, source)
     if reference is None:
         problems = list(_bad_references(workspace.experiment, tables.prompts))
-    elif workspace.artifacts.find(made := recipe(workspace, asked, reference.digest)) is not None:
+    elif workspace.artifacts.find(made := recipe(workspace, asked, reference)) is not None:
         _check_rewards(workspace.experiment)
         return
     else:
@@ -124,7 +125,7 @@ def build(
     progress: Progress = no_progress,
 ) -> Manifest:
     """Commit `left_out.parquet`, LEFT_OUT rows; raises as `check` does."""
-    made = recipe(workspace, asked, policy.digest)
+    made = recipe(workspace, asked, policy)
 
     def make(scratch: Path) -> Built:
         problems = _found(workspace, made, tables, _settings_of(workspace, policy), progress)
@@ -155,7 +156,7 @@ def usable(workspace: Workspace, asked: Recipe, tables: PromptTables, policy: Po
         return whole
     if policy is None:
         return _without(whole, list(_bad_references(workspace.experiment, tables.prompts)))
-    made = recipe(workspace, asked, policy.digest)
+    made = recipe(workspace, asked, policy)
     manifest = workspace.artifacts.find(made)
     if manifest is not None:
         return _without(whole, _stored(workspace, manifest))
@@ -271,7 +272,11 @@ def _sampled_splits(experiment: Experiment) -> list[str]:
 def _bad_conversations(
     experiment: Experiment, tables: PromptTables, chat: Chat, progress: Progress
 ) -> Iterator[Unusable]:
-    """What the template refuses, and what does not fit: prompts with room for an answer, completions."""
+    """What the template refuses, and what does not fit: prompts with room for an answer, completions.
+
+    Raises ModelError for a template that is of no use for any of them.
+    """
+    chat.check()
     offline = _offline_of(tables)
     sampled, new = _sampled_splits(experiment), experiment.sampling.max_new_tokens
     longest = longest_sequence(experiment, chat.max_length)

@@ -29,6 +29,7 @@ from qrpo_core.errors import ConfigError, EngineError
 from qrpo_core.experiments import parse_experiment
 from qrpo_core.ids import sample_seed
 from qrpo_core.steps.blocks import sample_recipe
+from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.workspace import Workspace
 from tests.vllm import shared
 
@@ -147,7 +148,7 @@ def test_rows_of_a_quantised_policy_are_another_policys(tiny_model: Path, tmp_pa
             "store": {"path": str(tmp_path)},
         }
         workspace = Workspace(parse_experiment(settings))
-        return str(sample_recipe(workspace, "digest").inputs["policy"])
+        return str(sample_recipe(workspace, Policy("digest", Path)).inputs["policy"])
 
     assert policy("vllm", None) == policy("transformers", "fp8") == "digest"
     assert policy("vllm", "fp8") == "fp8:digest"
