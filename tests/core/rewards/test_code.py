@@ -113,6 +113,19 @@ def test_no_program_is_a_wrong_answer() -> None:
 
 
 @needs_bwrap
+def test_only_what_follows_the_thinking_is_the_program() -> None:
+    reward = make_reward(RewardConfig(kind="code", code=CodeRewardConfig(format="mbpp")))
+    good, bad = (f"```python\ndef f(x): return {value}\n```\n" for value in ("x * x", "x"))
+    texts = [
+        f"<think>\n{bad}No.\n</think>\n{good}",
+        f"<think>\n{good}</think>\n{bad}",
+        f"<think>\n{good}</think>\nDone.",
+    ]
+    got = reward.score([RewardRequest("p", i, (), text, SQUARES) for i, text in enumerate(texts)])
+    assert [score.reward for score in got] == [1.0, 0.0, 0.0]
+
+
+@needs_bwrap
 def test_the_program_is_joined_from_blocks_of_a_completion(score: Any) -> None:
     draft = "def f(x): return x\n```\nThat is wrong. With\n```python\nfrom operator import mul\n```\n"
     assert score(draft + "it is\n```python\ndef f(x): return mul(x, x)", SQUARES).reward == 1.0
