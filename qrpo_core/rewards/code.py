@@ -70,18 +70,20 @@ class CodeReward(RowReward):
         problem = self._problem(reference)
         with self._examining():
             bench = self._bench = self._bench or self._new_bench()
-            if absent := self._absent(bench, problem.imports):
-                names = ", ".join(absent)
-                raise ValueError(
-                    f"its tests, setup or solution import {names}, which programs cannot import here; "
-                    f"install {names} and list what is imported in reward.code.packages"
-                )
             try:
-                bench.examiner(problem)
+                absent = ", ".join(self._absent(bench, problem.imports))
+                if not absent:
+                    bench.examiner(problem)
             except SetupFailed as error:
                 raise ValueError(str(error)) from None
             except SandboxError:  # the harness, not the data: each row is tried for itself
                 bench.close()
+                return
+        if absent:
+            raise ValueError(
+                f"its tests, setup or solution import {absent}, which programs cannot import here; "
+                f"install {absent} and list what is imported in reward.code.packages"
+            )
         self._checked.add(reference)
 
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:

@@ -38,7 +38,9 @@ _STATEMENT = re.compile(
     rf"{_QUIET}|(?:if|for|while|with|try|else|elif|except|finally|match|case)\b.*[:(\[{{\\,][ \t]*(?:#.*)?$"
     r"|(?:return|raise|assert|pass|break|continue|del|global|yield|await)\b|[A-Za-z_][\w.]*\("
 )
-_TAGS = re.compile(r"^[ \t]*<[a-z]+>|</[a-z]+>[ \t]*$", re.MULTILINE | re.IGNORECASE)
+_TAGS = re.compile(
+    r"^[ \t]*(?:<[a-z]+(?:[ ][^<>\n]*)?>){1,3}|</[a-z]+>(?:</[a-z]+>)?[ \t]*$", re.MULTILINE | re.IGNORECASE
+)
 #: Blocks in blocks, in Markdown that is quoted as Markdown.
 _DEEPEST = 3
 #: How often in a text a string without an end is looked for: each time its lines are gone through again.
@@ -93,8 +95,8 @@ def fenced(text: str, depth: int = _DEEPEST) -> list[Block]:
     Fences as in CommonMark, of three or more backticks or tildes, in quotes and list items; but with any
     indentation, and behind prose where they are marked as Python. A fence inside a string of several lines
     closes nothing; one glued to the last line of code closes it. A block that is not closed ends with the
-    text, or before the first line that cannot be Python. Blocks in blocks without a language, and in
-    Markdown, are taken out of them.
+    text, at the next one that is marked as Python, or before the first line that cannot be Python. Blocks
+    in blocks without a language, and in Markdown, are taken out of them.
     """
     lines = text.split("\n")
     found: list[Block] = []
@@ -127,7 +129,7 @@ class _Opening:
     language: Literal["python", "", "other"]
     may_nest: bool
     quotes: int
-    indent: int
+    indent: str
 
     def stripped(self, line: str) -> str | None:
         """A line of the block without what stands before the fence; None where the quotation ends."""
@@ -136,8 +138,15 @@ class _Opening:
             if quoted is None:
                 return None
             line = line[quoted.end() :]
-        blank = len(line) - len(line.lstrip(" \t"))
-        return line[min(self.indent, blank) :]
+        if "\t" in self.indent or line[: len(self.indent)].lstrip(" ")[:1] == "\t":
+            return line.removeprefix(self.indent)  # tabs have no width of their own: all of it, or nothing
+        blank = len(line) - len(line.lstrip(" "))
+        return line[min(len(self.indent), blank) :]
+
+    def reopens(self, line: str) -> bool:
+        """Whether another block begins in a line, so that this one ended without a fence."""
+        found = _opened(line) if line.lstrip().startswith(self.fence) else None
+        return found is not None and found.language == "python"
 
     def closes(self, line: str) -> bool:
         bare = line.strip()
@@ -149,12 +158,12 @@ def _opened(line: str) -> _Opening | None:
     found = _OPENING.fullmatch(line)
     if found is not None and not (found["fence"][0] == "`" and "`" in found["info"]):
         quotes = found["quotes"].count(">")
-        indent = len(found["indent"]) - (1 if quotes and found["indent"][:1] == " " else 0)
+        indent = re.sub(r"[^ \t]", " ", found["indent"].removeprefix(" " if quotes else ""))
     else:
         found = _GLUED_OPENING.fullmatch(line)
         if found is None or not _PYTHON.match(found["info"].strip()):
             return None
-        quotes = indent = 0
+        quotes, indent = 0, ""
     info = found["info"].strip()
     language: Literal["python", "", "other"] = "other"
     if not info or info == "{}":
@@ -188,6 +197,8 @@ def _inside(lines: list[str], place: int, opening: _Opening, tries: int) -> tupl
             open_within = not open_within
         elif quote and open_within and line.lstrip().startswith(opening.fence):
             break
+        elif not quote and python and opening.reopens(line):
+            return inside, place - 1, False, tries
         elif (
             python
             and opening.fence[0] == "`"

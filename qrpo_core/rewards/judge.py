@@ -33,6 +33,9 @@ _TOO_LONG = re.compile(
     r"reduce the length|(?:exceed|larger|longer)\w* .{0,40}tokens?\b",
     re.IGNORECASE | re.DOTALL,
 )
+#: How services write that an answer met its limit, or was taken away.
+_CUT = frozenset({"length", "max_tokens", "model_length"})
+_FILTERED = frozenset({"content_filter", "refusal", "safety", "prohibited_content"})
 #: Asked after a refusal, with the same settings: whether the endpoint refuses this row, or everything.
 _PROBE = "Reply with the number {lowest} alone."
 #: So many rows in a row without an answer, beyond those asked at a time, end the run: the judge is away.
@@ -233,16 +236,16 @@ class JudgeReward(RowReward):
         config, choice = self._config, _choice(reply)
         if choice is None:
             return Score(None, "parse_error", f"a reply of another form: {clip(json.dumps(reply), 200)}")
-        text, finish = _said(choice), choice.get("finish_reason")
-        if finish == "content_filter":
+        text, finish = _said(choice), str(choice.get("finish_reason")).lower()
+        if finish in _FILTERED:
             return Score(None, "refused", clip(f"the judge's answer was filtered: {text!r}"))
         if refusal := choice["message"].get("refusal"):
             return Score(None, "refused", clip(f"the judge refuses: {refusal}"))
         if not text:
-            longer = "; its thinking filled the limit, raise max_tokens" if finish == "length" else ""
+            longer = "; its thinking filled the limit, raise max_tokens" if finish in _CUT else ""
             return Score(None, "parse_error", f"an empty answer{longer}")
         try:
-            cut = finish == "length"
+            cut = finish in _CUT
             score = judge_answer.written(text, config.lowest, config.highest, cut=cut, pattern=config.pattern)
             if not config.expected:
                 return float(score.value)

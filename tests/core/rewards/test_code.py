@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -109,6 +110,19 @@ def test_no_program_is_a_wrong_answer() -> None:
     got = reward.score([RewardRequest("p", i, (), text, SQUARES) for i, text in enumerate(texts)])
     assert [score.reward for score in got] == [1.0, 0.0, 0.0]
     assert got[1].detail.startswith("no program in the completion")
+
+
+@needs_bwrap
+def test_only_what_follows_the_thinking_is_the_program() -> None:
+    reward = make_reward(RewardConfig(kind="code", code=CodeRewardConfig(format="mbpp")))
+    good, bad = (f"```python\ndef f(x): return {value}\n```\n" for value in ("x * x", "x"))
+    texts = [
+        f"<think>\n{bad}No.\n</think>\n{good}",
+        f"<think>\n{good}</think>\n{bad}",
+        f"<think>\n{good}</think>\nDone.",
+    ]
+    got = reward.score([RewardRequest("p", i, (), text, SQUARES) for i, text in enumerate(texts)])
+    assert [score.reward for score in got] == [1.0, 0.0, 0.0]
 
 
 @needs_bwrap
@@ -255,7 +269,7 @@ def test_what_a_test_cannot_send_is_no_score(score: Any) -> None:
 @needs_bwrap
 def test_a_failing_harness_is_tried_again_and_never_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     reward = CodeReward(CodeRewardConfig(format="mbpp", processes=1))
-    reward.problems([])
+    assert reward.problems([("p", SQUARES)]) == []
     start, failures = Bench.start, [2, 3]
 
     def failing(bench: Bench, *arguments: Any) -> Any:
@@ -349,10 +363,13 @@ def test_a_program_that_imports_what_no_judge_has_is_wrong(score: Any, program: 
 def test_what_a_reference_lacks_is_an_error_of_the_data_set(reference: str, says: str | None) -> None:
     reward = CodeReward(CodeRewardConfig(format="mbpp"))
     if says is None:
-        reward.check([("p0", SQUARES), ("p1", reference), ("p2", reference)])
+        assert reward.problems([("p0", SQUARES), ("p1", reference)]) == []
         return
-    with pytest.raises(DataError, match=f"prompt p1.*{says}"):
-        reward.check([("p0", SQUARES), ("p1", reference)])
+    found = reward.problems([("p0", SQUARES), ("p1", reference), ("p2", SQUARES), ("p3", reference)])
+    assert [(problem.row, problem.prompt_id) for problem in found] == [(1, "p1"), (3, "p3")]
+    assert re.search(says, found[0].remedy)
+    with pytest.raises(DataError, match=says):
+        reward.score([request("def f(x): return x", reference)])
 
 
 def environment(folder: Path, **packages: str) -> str:
@@ -405,7 +422,7 @@ def test_a_package_that_does_not_load_is_told_before_a_row(tmp_path: Path) -> No
     (site / "greeter.py").write_text("raise RuntimeError('no licence')")
     config = CodeRewardConfig(format="mbpp", python=python, packages=("greeter",))
     with pytest.raises(ConfigError, match=r"'greeter' cannot be imported in the sandbox.*no licence"):
-        CodeReward(config).check([])
+        CodeReward(config).problems([])
 
 
 def test_without_a_sandbox_nothing_runs_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -60,7 +60,10 @@ def block(code: str, mark: str = "python", fence: str = F, indent: str = "") -> 
         block(GOOD).replace("\n", "\r\n"),
         f"{F}python\n{GOOD}",
         f"{F}python\n{GOOD}\nThis adds the numbers, as asked.\n",
+        f"{F}python\n{DRAFT}\nCorrected:\n{F}python\n{GOOD}{F}",
         f"{F}python\n{GOOD.rstrip()}{F}",
+        '<pre><code class="language-python">' + GOOD + "</code></pre>",
+        "1. Solution:\n\n    " + block(GOOD.replace("    ", "\t")).replace("\n", "\n\t"),
         f"{F}python\n{GOOD.rstrip()}{F}\nThat is it. Then:\n" + block("print(1)\n"),
         f"Here it is: {F}python\n{GOOD}{F}\n",
         f"Use {F}add{F} as follows:\n" + block(GOOD) + f"Note that {F}b{F} is an int.",
@@ -76,7 +79,7 @@ def block(code: str, mark: str = "python", fence: str = F, indent: str = "") -> 
 def test_the_program(text: str) -> None:
     found = find_program(text, ("Solution",))
     assert found is not None
-    assert found.strip() == GOOD.strip()
+    assert found.expandtabs(4).strip() == GOOD.strip()
 
 
 def test_a_fence_inside_a_string_closes_nothing() -> None:

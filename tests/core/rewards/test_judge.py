@@ -156,6 +156,7 @@ def test_template_variables_and_references() -> None:
         (said("12"), "12 is outside the scale 1 to 9"),
         (said("1", finish="length"), "cut"),
         (said("On a scale of 9 I would", finish="length"), "cut"),
+        (said("On a scale of 9 I would", finish="MAX_TOKENS"), "cut"),
         (said(None), "empty answer"),
         (said(None, finish="length", reasoning_content="2 faults"), "thinking filled the limit"),
         (said(""), "empty answer"),
@@ -336,6 +337,7 @@ def error(status: int, message: str, code: Any = None) -> Reply:
         ((200, {}, {"choices": [], "error": {"type": "invalid_request_error", "message": "x"}}), "refused"),
         (said("I rate it", finish="content_filter"), "refused"),
         (said(None, refusal="I cannot"), "refused"),
+        (said("", finish="SAFETY"), "refused"),
     ],
 )
 def test_a_refusal_of_one_row_is_its_status(reply: Reply, status: str) -> None:
