@@ -121,6 +121,8 @@ TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
         ("transcript", TRANSCRIPT, TALK),
         ("transcript", TRANSCRIPT.lstrip() + " ", TALK),
         ("transcript", "### Human: Hi### Assistant: Hello.\n### Human: Why?", TALK),
+        ("transcript", "User: Hi\nAssistant: Hello.\nUser: Why?\nAssistant:", TALK),
+        ("transcript", "USER: Hi ASSISTANT: Hello. USER: Why? ASSISTANT:", TALK),
         (
             "transcript",
             "Human: a\n\nb Human: c\n\nAssistant: ",
@@ -138,6 +140,8 @@ def test_strings_that_hold_turns(form, text, turns):
     "text",
     [
         "Human: who is that?",
+        "User: Assistant",
+        "User: what does an Assistant: label mean?",
         'Explain [{"role": "user", "content": "x"}]',
         '{"role": "user"}',
         '[{"role": "user"}]',

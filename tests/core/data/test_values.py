@@ -303,3 +303,12 @@ def test_other_files_are_read_by_the_library(tmp_path, streaming):
         load_prompts(config("hub", arrow, reference_field="anwser", streaming=streaming))
     with pytest.raises(DataError, match="has no split 'test'"):
         load_prompts(config("hub", arrow, split="test", streaming=streaming))
+
+
+def test_packed_files_are_named(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as file:
+        file.writestr("train.jsonl", json.dumps(ROWS[0]))
+    with pytest.raises(DataError, match=r"files of data set .* are packed as .zip"):
+        load_prompts(config("hub", tmp_path))

@@ -24,7 +24,12 @@ def source(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = {"kind": "file", "path": str(tmp_path / "given.jsonl"), "held_out": 0.3}
     data = {"mode": "offline", "rewards": "given", "references": "offline"}
-    return {**settings, "prompts": prompts | GRADED, "training_data": data, "reward": {"kind": "length", "max_words": 5}}
+    return {
+        **settings,
+        "prompts": prompts | GRADED,
+        "training_data": data,
+        "reward": {"kind": "length", "max_words": 5},
+    }
 
 
 def test_pairs_bring_their_rewards(steps: Any, source: dict[str, Any]) -> None:
