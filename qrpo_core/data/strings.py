@@ -27,7 +27,7 @@ _MARKS = {
     "USER:": re.compile(r"(?:^|\s+)(USER|ASSISTANT):"),
 }
 #: The beginning of a Python literal of messages, as CSV files of tables hold them.
-_LITERAL = re.compile(r"\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
+_LITERAL = re.compile(r"\s*(?:array\()?\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 
 
 def read_string(
@@ -93,9 +93,10 @@ def _refuse_other_forms(text: str, source: str, place: str, is_prompt: bool) -> 
 
 def _messages(text: str) -> Any:
     """The message or the list of messages that a string spells as JSON; None if it does not."""
-    if not ('"role"' in text or '"from"' in text):
+    if "role" not in text and "from" not in text:
         return None
     value = _json(text)
+    value = _json(value) if isinstance(value, str) else value  # written twice
     several = isinstance(value, list) and value and all(is_message(item) for item in value)
     return value if several or is_message(value) else None
 
@@ -108,7 +109,7 @@ def _strings(text: str) -> list[str] | None:
 
 
 def _json(text: str) -> Any:
-    if not text.lstrip().startswith(("[", "{")):
+    if not text.lstrip().startswith(("[", "{", '"')):
         return None
     try:
         return json.loads(text)

@@ -118,6 +118,7 @@ TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
         ("json", json.dumps([speak("human", "Why?")]), [ASK]),
         ("json", json.dumps(ASK), [ASK]),
         ("json", '["Why?"]', [ASK]),
+        ("json", json.dumps(json.dumps([ASK])), [ASK]),
         ("transcript", TRANSCRIPT, TALK),
         ("transcript", TRANSCRIPT.lstrip() + " ", TALK),
         ("transcript", "### Human: Hi### Assistant: Hello.\n### Human: Why?", TALK),
@@ -164,8 +165,9 @@ def test_an_answer_may_be_a_list_of_strings_but_not_messages():
 
 
 def test_messages_as_a_python_literal_are_refused():
-    message = refused({"prompt": str([ASK])})
-    assert "'prompt' is a string that holds messages as a Python literal" in message
+    for text in (str([ASK]), f"array([{ASK}], dtype=object)", f"[ {ASK}\n {GOOD}]"):
+        message = refused({"prompt": text})
+        assert "'prompt' is a string that holds messages as a Python literal" in message
 
 
 @pytest.mark.parametrize("form", ["json", "transcript"])

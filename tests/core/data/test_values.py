@@ -227,7 +227,7 @@ def test_items_of_an_array_have_places(tmp_path):
         ("[]", "the data set is empty"),
         (
             '{\n "data": [{"prompt": "x"}]\n}',
-            "{path}:1: the row is the beginning of an object over several lines",
+            "the file begins with an object over several lines [{path}:1]",
         ),
         ("\ufeff".encode("utf-16-le") + "{}".encode("utf-16-le"), "the file is UTF-16 [{path}:1]"),
     ],
