@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from qrpo_core.data.config import PromptsConfig
 from qrpo_core.data.fields import ABSENT, field, kind, lookup, nearest
 from qrpo_core.data.grades import Grade, Place, grades_of, read_number, read_reward
-from qrpo_core.data.messages import Message, is_message, read_messages
+from qrpo_core.data.messages import Message, is_answer, is_message, read_messages
 from qrpo_core.data.strings import read_string
 from qrpo_core.errors import DataError
 
@@ -115,8 +115,13 @@ def _graded(
 
 
 def _is_conversation(value: list[Any], config: PromptsConfig) -> bool:
-    """Whether a list is the messages of one completion rather than several completions."""
-    return bool(value) and is_message(value[0]) and config.completion_text_field not in value[0]
+    """Whether a list is the messages of one completion rather than several completions.
+
+    Several messages that are all the assistant's are several completions.
+    """
+    if not value or not is_message(value[0]) or config.completion_text_field in value[0]:
+        return False
+    return len(value) == 1 or any(not is_answer(item) for item in value)
 
 
 def _completion(

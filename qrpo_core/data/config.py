@@ -178,8 +178,8 @@ def _check_sign(field: str, name: str | None) -> None:
     """Refuse a grade whose name says rank or loss and whose direction is left open."""
     if name is None or name.startswith(("-", "+")):
         return
-    words = set(re.split(r"[^a-z]+", name.rpartition(".")[2].lower()))
-    if words & _LESS_IS_OFTEN_BETTER:
+    words = set(re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name.rpartition(".")[2]))
+    if {word.lower() for word in words} & _LESS_IS_OFTEN_BETTER:
         raise ValueError(
             f"prompts.{field} {name!r} does not say which is better; write '-{name}' where less is better "
             f"and '+{name}' where more is"

@@ -25,18 +25,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def lookup(row: Mapping[str, Any], name: str) -> Any:
     """The value under a key, or under keys joined by dots; ABSENT where there is none.
 
-    A key that holds the dots itself goes first. What lies below a null is null.
+    A key that holds the dots itself goes first. What lies below a null is null, and what lies below a list of
+    objects is the list of what lies below each.
     """
     if name in row:
         return row[name]
-    value: Any = row
-    for key in name.split("."):
-        if value is None:
-            return None
-        if not isinstance(value, Mapping) or key not in value:
-            return ABSENT
-        value = value[key]
-    return value
+    key, _, rest = name.partition(".")
+    return _below(row[key], rest) if rest and key in row else ABSENT
+
+
+def _below(value: Any, name: str) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        found = [_below(item, name) for item in value]
+        return ABSENT if any(item is ABSENT for item in found) else found
+    return lookup(value, name) if isinstance(value, Mapping) else ABSENT
 
 
 def field(row: Mapping[str, Any], name: str, source: str) -> Any:

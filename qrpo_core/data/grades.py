@@ -13,7 +13,7 @@ from qrpo_core.data.config import PromptsConfig
 from qrpo_core.data.fields import ABSENT, kind, lookup, nearest
 from qrpo_core.errors import DataError
 
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WORDS = {"true": 1.0, "false": 0.0}
 #: What tables write where nobody gave a grade.
 _NO_GRADE = ("", "n/a", "na", "null", "none")

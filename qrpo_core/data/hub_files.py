@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +22,10 @@ from qrpo_core.errors import DataError
 #: Options of the library's builders that do not change how a file is read here, or are read here too.
 _KNOWN_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features"}
 _READ_OPTIONS = {"sep", "delimiter", "field"}
+
+
+#: Packings that the readers do not open.
+_PACKED = re.compile(r"\.(?:tar\.\w+|tar|tgz|zip|zst|lz4|7z|rar)$")
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,22 @@ def sources_of(config: PromptsConfig, builder: Any) -> Files | None:
             where="prompts.name",
             remedy="save the rows as JSON Lines or Parquet (kind 'file')",
         )
+    packed = sorted({suffix for files in asked.data_files.values() for suffix in _odd_endings(files)})
+    if packed:
+        raise DataError(
+            f"files of data set {config.name!r} are packed as {', '.join(packed)}",
+            where="prompts.name",
+            remedy="unpack them; .gz, .bz2 and .xz of one file are read",
+        )
     splits = {str(split): [str(file) for file in files] for split, files in asked.data_files.items()}
     return Files(builder.name, splits, getattr(asked, "sep", ","), getattr(asked, "field", None))
+
+
+def _odd_endings(files: Iterable[Any]) -> Iterator[str]:
+    for file in files:
+        packed = _PACKED.search(str(file))
+        if packed:
+            yield packed[0]
 
 
 def remember(config: PromptsConfig, commit: str, files: Files | None) -> None:

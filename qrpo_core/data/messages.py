@@ -46,6 +46,12 @@ def is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and ({"role", "content"} <= value.keys() or _is_sharegpt(value))
 
 
+def is_answer(value: Any) -> bool:
+    """Whether a value is a message of the assistant."""
+    speaker = value.get("role", value.get("from")) if is_message(value) else None
+    return isinstance(speaker, str) and _SHAREGPT.get(speaker, speaker) == "assistant"
+
+
 def read_messages(value: Any, source: str, name: str, notes: Counter[str]) -> list[Message]:
     """Check a list of messages, or one message; `name` says in errors which value of the row it is.
 

@@ -27,35 +27,35 @@ class OfflineRows:
         #: Of every prompt: its completions, and the reward and the place of each.
         self.rewards: dict[str, dict[str, tuple[float | None, str]]] = {}
 
+    def check(self, prompt: str, row: Row) -> None:
+        """Raise DataError if a completion of the row came before, or stands twice, with another reward."""
+        known, new = self.rewards.get(prompt, {}), dict[str, tuple[float | None, str]]()
+        for completion in _completions(row):
+            text, reward = completion.text, completion.reward
+            before = known.get(text) or new.setdefault(text, (reward, _place(row, completion)))
+            if before[0] != reward:
+                raise DataError(
+                    f"the completion of {before[1]} stands in {completion.place} with the reward "
+                    f"{_grade(reward)}, there with {_grade(before[0])}",
+                    where=row.source,
+                    remedy="keep one of the two, or give both the same reward",
+                )
+
     def add(self, prompt: str, row: Row) -> None:
-        """Take the completions of one row; DataError for one that came before with another reward."""
+        """Take the completions of one row, which was checked."""
+        for completion in _completions(row):
+            known = self.rewards.setdefault(prompt, {})
+            repeated = completion.text in known
+            known.setdefault(completion.text, (completion.reward, _place(row, completion)))
+            if row.pair is None and repeated:
+                self.counts["repeated_completions"] += 1
+            elif row.pair is None:
+                self.graded.setdefault(prompt, []).append(completion.text)
         if row.pair is not None:
-            for completion in row.pair:
-                self._first(prompt, completion, row.source)
             pairs = self.pairs.setdefault(prompt, {})
             texts = (row.pair[0].text, row.pair[1].text)
             self.counts["repeated_pairs"] += texts in pairs
             pairs.setdefault(texts, row.source)
-        for completion in row.completions:
-            if self._first(prompt, completion, row.source):
-                self.graded.setdefault(prompt, []).append(completion.text)
-            else:
-                self.counts["repeated_completions"] += 1
-
-    def _first(self, prompt: str, completion: Completion, source: str) -> bool:
-        """Whether the completion is new to its prompt."""
-        known, reward = self.rewards.setdefault(prompt, {}), completion.reward
-        before = known.get(completion.text)
-        if before is None:
-            known[completion.text] = (reward, f"{source}, {completion.place}")
-        elif before[0] != reward:
-            raise DataError(
-                f"the completion of {before[1]} stands in {completion.place} with the reward "
-                f"{_grade(reward)}, there with {_grade(before[0])}",
-                where=source,
-                remedy="keep one of the two, or give both the same reward",
-            )
-        return before is None
 
     def table(self) -> pa.Table:
         """Table OFFLINE; DataError where two different texts of one prompt have the same number."""
@@ -71,6 +71,14 @@ class OfflineRows:
         for prompt, texts in self.graded.items():
             rows += _numbered(prompt, [(text, "", None, *self.rewards[prompt][text]) for text in texts])
         return check_table(from_rows(rows, OFFLINE), OFFLINE, "offline completions")
+
+
+def _completions(row: Row) -> tuple[Completion, ...]:
+    return row.pair or row.completions
+
+
+def _place(row: Row, completion: Completion) -> str:
+    return f"{row.source}, {completion.place}"
 
 
 def _numbered(prompt: str, rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

@@ -74,8 +74,8 @@ class PromptSet:
         prompts, train, held_out. read = prompts + merged + filtered. Where they occur, over all rows:
         blank_lines, without_reference, without_pair, equal_pairs (chosen and rejected are the same text;
         they are kept), without_completions, ungraded_completions (no reward where one is asked for),
-        empty_completions, ignored_message_keys, unreadable_rows (left out by `on_unusable`, not in read);
-        over the prompts within `limit`: equal_but_for_space
+        empty_completions, ignored_message_keys, unreadable_rows and contradicting_rows (left out by
+        `on_unusable`, not in read); over the prompts within `limit`: equal_but_for_space
         (prompts that differ from an earlier one in white space alone; they are kept, and may lie on the
         other side of the split), repeated_pairs and repeated_completions (equal to an earlier one of the
         same prompt; they are taken once).
@@ -91,13 +91,17 @@ def load_prompts(config: PromptsConfig, storage_options: dict[str, Any] | None =
 
     `storage_options` go to fsspec for a path with a protocol (s3://) and are not used otherwise.
     Raises ConfigError for a source that cannot be meant, and DataError for one that cannot be read:
-    missing, empty, unreadable rows (all of them, with their places), unequal references of one prompt or
-    rewards of one completion, or a split that leaves nothing to train on or nothing to evaluate on.
+    missing, empty, unreadable rows, unequal references of one prompt or rewards of one completion (all such
+    rows together, with their places), or a split that leaves nothing to train on or nothing to evaluate on.
     """
     notes: Counter[str] = Counter()
-    table = _Table(config)
-    for row in _rows(config, storage_options, notes):
-        table.add(row)
+    table, bad = _Table(config), _Bad(config)
+    for row in _rows(config, storage_options, notes, bad):
+        try:
+            table.add(row)
+        except DataError as error:
+            bad.contradicting.append(error)
+    bad.tell(notes, some_are_good=table.read > 0)
     if not table.read:
         raise DataError("the data set is empty", where=_where(config), remedy="give it at least two prompts")
     return table.finish(notes)
@@ -121,46 +125,64 @@ def source_identity(config: PromptsConfig, storage_options: dict[str, Any] | Non
 
 
 def _rows(
-    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str]
+    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str], bad: _Bad
 ) -> Iterator[Row]:
     if config.kind == "template":
         yield from draw_templates(config)
     elif config.kind == "reasoning_gym":
         yield from draw_tasks(config, notes)
     else:
-        yield from _read(config, storage_options, notes)
+        yield from _read(config, storage_options, notes, bad)
 
 
 def _read(
-    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str]
+    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str], bad: _Bad
 ) -> Iterator[Row]:
-    """The rows of a file or a data set; those that cannot be read are told together, or left out."""
+    """The rows of a file or a data set; those that cannot be read go to `bad`."""
     raw = read_file(config, storage_options, notes) if config.kind == "file" else read_hub(config, notes)
-    bad: list[DataError] = []
-    good = 0
+    good = False
     for fields, source in raw:
         try:
             if isinstance(fields, DataError):
                 raise fields
             row = parse_row(fields, source, config, notes)
         except DataError as error:
-            bad.append(error)
-            if not good and len(bad) == _HOPELESS:
-                raise bad[0] from None
+            bad.unreadable.append(error)
+            if not good and len(bad.unreadable) == _HOPELESS:
+                raise bad.unreadable[0] from None
             continue
-        good += 1
+        good = True
         yield row
-    if bad and not good and len({re.sub(r"\d+", "", error.message) for error in bad}) == 1:
-        raise bad[0]  # all rows have the form that the config does not name; their list would not help
-    if len(bad) == 1 and config.on_unusable == "refuse":
-        raise bad[0]
-    report_unusable([_unreadable(error) for error in bad], config.on_unusable if good else "refuse")
-    notes["unreadable_rows"] += len(bad)
 
 
-def _unreadable(error: DataError) -> Unusable:
-    place, remedy = error.where or "", error.remedy or "mend it"
-    return Unusable(None, place, error.message, remedy, "that cannot be read")
+class _Bad:
+    """Rows that cannot be used: told together at the end, or left out and counted.
+
+    unreadable : those that do not have the form that the config names.
+    contradicting : those that say something else than an earlier one.
+    """
+
+    def __init__(self, config: PromptsConfig) -> None:
+        self.config = config
+        self.unreadable: list[DataError] = []
+        self.contradicting: list[DataError] = []
+
+    def tell(self, notes: Counter[str], *, some_are_good: bool) -> None:
+        """Raise one error that names all rows, or count them where the config leaves them out."""
+        found = [*self.unreadable, *self.contradicting]
+        if found and not some_are_good and len({re.sub(r"\d+", "", error.message) for error in found}) == 1:
+            raise found[0]  # no row has the form that the config names; their list would not help
+        if len(found) == 1 and self.config.on_unusable == "refuse":
+            raise found[0]
+        told = [_unusable(error, "that cannot be read") for error in self.unreadable]
+        told += [_unusable(error, "that contradict another row") for error in self.contradicting]
+        report_unusable(told, self.config.on_unusable if some_are_good else "refuse")
+        notes["unreadable_rows"] += len(self.unreadable)
+        notes["contradicting_rows"] += len(self.contradicting)
+
+
+def _unusable(error: DataError, kind: str) -> Unusable:
+    return Unusable(None, error.where or "", error.message, error.remedy or "mend it", kind)
 
 
 def _where(config: PromptsConfig) -> str:
@@ -183,25 +205,27 @@ class _Table:
         self.offline = OfflineRows()
 
     def add(self, row: Row) -> None:
-        """Take one row; DataError if its prompt came before with another reference."""
-        self.read += 1
+        """Take one row; DataError, and nothing taken, if it says something else than an earlier one."""
         messages = _with_system(row.messages, self.config.system)
         prompt, reference, digest = _names(row, messages)
         before = self.seen.get(prompt)
-        if before is None:
-            kept = self.config.limit is None or self.counts["prompts"] < self.config.limit
-            self.seen[prompt] = before = (digest, row.source, kept)
-            if kept:
-                self._count_twin(messages)
-                self._keep(prompt, messages, reference, digest, row.source)
-        elif before[0] != digest:
+        if before is not None and before[0] != digest:
             raise DataError(
                 f"the prompt of {before[1]} stands here with another reference",
                 where=row.source,
                 remedy="keep one of the two rows",
             )
-        if before[2]:
+        within = self.config.limit is None or self.counts["prompts"] < self.config.limit
+        kept = within if before is None else before[2]
+        if kept:
+            self.offline.check(prompt, row)
             self.offline.add(prompt, row)
+        self.read += 1
+        if before is None:
+            self.seen[prompt] = (digest, row.source, kept)
+            if kept:
+                self._count_twin(messages)
+                self._keep(prompt, messages, reference, digest, row.source)
 
     def _keep(
         self, prompt: str, messages: list[Message], reference: str | None, digest: str, source: str

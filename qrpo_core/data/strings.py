@@ -17,15 +17,17 @@ from qrpo_core.errors import DataError
 
 StringFormat = Literal["text", "json", "transcript"]
 
-_ROLE = {"Human": "user", "Assistant": "assistant"}
-#: The marks before turns, by how a transcript begins: those of Anthropic's HH-RLHF, and those of
-#: OpenAssistant-Guanaco.
+_ROLE = {"human": "user", "user": "user", "assistant": "assistant"}
+#: The marks before turns, by how a transcript begins: those of Anthropic's HH-RLHF, of OpenAssistant-Guanaco,
+#: and others that are often written.
 _MARKS = {
     "Human:": re.compile(r"(?:^|\n\n)(Human|Assistant):"),
     "### Human:": re.compile(r"\s*### (Human|Assistant):"),
+    "User:": re.compile(r"(?:^|\n+)(User|Assistant):"),
+    "USER:": re.compile(r"(?:^|\s+)(USER|ASSISTANT):"),
 }
 #: The beginning of a Python literal of messages, as CSV files of tables hold them.
-_LITERAL = re.compile(r"\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
+_LITERAL = re.compile(r"\s*(?:array\()?\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 
 
 def read_string(
@@ -73,8 +75,8 @@ def _refuse_other_forms(text: str, source: str, place: str, is_prompt: bool) -> 
         found, form = "messages written as JSON", "json"
     elif is_prompt and _strings(text):
         found, form = "strings written as a JSON list", "json"
-    elif "Assistant" in _pieces(text) or text.startswith("\n\nHuman:"):
-        found, form = "a transcript of turns 'Human:' and 'Assistant:'", "transcript"
+    elif {"Assistant", "ASSISTANT"} & set(_pieces(text)[::2]) or text.startswith("\n\nHuman:"):
+        found, form = f"a transcript of turns '{_pieces(text)[0]}:' and 'Assistant:'", "transcript"
     elif _LITERAL.match(text):
         raise DataError(
             f"{place} is a string that holds messages as a Python literal",
@@ -91,9 +93,10 @@ def _refuse_other_forms(text: str, source: str, place: str, is_prompt: bool) -> 
 
 def _messages(text: str) -> Any:
     """The message or the list of messages that a string spells as JSON; None if it does not."""
-    if not ('"role"' in text or '"from"' in text):
+    if "role" not in text and "from" not in text:
         return None
     value = _json(text)
+    value = _json(value) if isinstance(value, str) else value  # written twice
     several = isinstance(value, list) and value and all(is_message(item) for item in value)
     return value if several or is_message(value) else None
 
@@ -106,7 +109,7 @@ def _strings(text: str) -> list[str] | None:
 
 
 def _json(text: str) -> Any:
-    if not text.lstrip().startswith(("[", "{")):
+    if not text.lstrip().startswith(("[", "{", '"')):
         return None
     try:
         return json.loads(text)
@@ -125,7 +128,7 @@ def _turns(text: str) -> list[Message]:
     """The turns of a transcript, without the opening of an answer at its end; none if it is no transcript."""
     pieces = _pieces(text)
     turns = [
-        {"role": _ROLE[who], "content": said.strip()}
+        {"role": _ROLE[who.lower()], "content": said.strip()}
         for who, said in zip(pieces[::2], pieces[1::2], strict=True)
     ]
     if turns and turns[-1] == {"role": "assistant", "content": ""}:

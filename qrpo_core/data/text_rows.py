@@ -49,6 +49,12 @@ def read_json(stream: Any, shown: str, notes: Counter[str], key: str | None = No
         if not begun and line.lstrip().startswith(b"["):
             yield from _array(line + stream.read(), shown, number)
             return
+        if not begun and line.strip() == b"{":
+            raise DataError(
+                "the file begins with an object over several lines",
+                where=f"{shown}:{number}",
+                remedy="write one object a line, or one array of all rows",
+            )
         begun = True
         place = f"{shown}:{number}"
         yield _parse_line(line, place), place
@@ -107,10 +113,8 @@ def _parse_line(line: bytes, place: str) -> dict[str, Any] | DataError:
             f"the row is not UTF-8 at byte {error.start}", where=place, remedy="save the file as UTF-8"
         )
     except json.JSONDecodeError as error:
-        whole = line.strip() == b"{"
-        problem = f"not JSON: {error.msg} at column {error.colno}"
         return DataError(
-            f"the row is {'the beginning of an object over several lines' if whole else problem}",
+            f"the row is not JSON: {error.msg} at column {error.colno}",
             where=place,
             remedy="one JSON object a line, or one array of all rows",
         )

@@ -205,6 +205,7 @@ def _history(workspace: Workspace, trained: Sequence[Manifest]) -> list[dict[str
 #: What happened to rows of the source, where it did: see `PromptSet.counts`.
 _SOURCE = {
     "unreadable_rows": ("source rows left out", "they cannot be read; prompts.on_unusable"),
+    "contradicting_rows": ("source rows left out", "they contradict an earlier one; prompts.on_unusable"),
     "without_reference": ("source rows without a reference", "null in the data set"),
     "without_pair": ("source rows without a pair", "null in the data set"),
     "without_completions": ("source rows without completions", "null or an empty list in the data set"),

@@ -46,6 +46,21 @@ ONE = {"completion_fields": ("a",), "completion_reward_field": "g"}
         ({"a": ["x", "y"], "g": [1, None]}, ONE, [1.0, None]),
         ({"a": [{"text": "x"}, {"text": "y"}], "g": [1, 2]}, ONE, [1.0, 2.0]),
         ({"a": ["x"], "g": [1]}, ONE, [1.0]),
+        (
+            {"a": [{"role": "assistant", "content": "x"}, {"from": "gpt", "value": "y"}], "g": [1, 2]},
+            ONE,
+            [1.0, 2.0],
+        ),
+        (
+            {"a": ["x", "y"], "m": [{"g": "4"}, {"g": "N/A"}]},
+            ONE | {"completion_reward_field": "m.g"},
+            [4.0, None],
+        ),
+        (
+            {"m": [{"t": "x", "g": 1}, {"t": "y", "g": 2}]},
+            {"completion_fields": ("m.t",), "completion_reward_field": "m.g"},
+            [1.0, 2.0],
+        ),
         ({"a": [], "g": []}, ONE, []),
         ({"a": "x", "m": {"g": 2}}, ONE | {"completion_reward_field": "m.g"}, [2.0]),
         ({"a": {"text": "x", "m": {"g": 2}}}, ONE | {"completion_reward_field": "m.g"}, [2.0]),
@@ -93,6 +108,13 @@ def test_where_a_grade_stands(row, fields, expected):
         ({"a": ["x", "y"], "g": 1}, ONE, "and their grades 'g' are an integer"),
         ({"a": "x", "g": [1]}, ONE, "'g' is [1], not a number"),
         ({"a": "x", "g": "good"}, ONE, "'g' is 'good', not a number"),
+        ({"a": "x", "g": "95%"}, ONE, "'g' is '95%', not a number"),
+        ({"a": "x", "g": "\u0663"}, ONE, "not a number"),
+        (
+            {"a": ["x", "y"], "m": [{"g": 1}, {}]},
+            ONE | {"completion_reward_field": "m.g"},
+            "has no column 'm.g'",
+        ),
         ({"a": ["x"], "g": ["good"]}, ONE, "item 0 of 'g' is 'good', not a number"),
         ({"a": "x", "g": float("inf")}, ONE, "'g' is inf"),
         (
@@ -138,6 +160,8 @@ def test_less_is_better_has_no_minus_zero():
         (ONE | {"completion_reward_field": "rank"}, "write '-rank' where less is better and '+rank'"),
         (ONE | {"completion_reward_field": "answers.Rank"}, "does not say which is better"),
         (ONE | {"completion_reward_field": "eval_loss"}, "does not say which is better"),
+        (ONE | {"completion_reward_field": "bestRank"}, "does not say which is better"),
+        (ONE | {"completion_reward_field": "RANK"}, "does not say which is better"),
         (
             {"chosen_field": "c", "rejected_field": "r"}
             | {"chosen_reward_field": "rank_chosen", "rejected_reward_field": "rank_rejected"},

@@ -172,9 +172,9 @@ def test_a_hub_data_set_is_pinned_to_its_commit(tmp_path):
 
     try:
         assert "no copy of it in the cache" in run(1, "org/sums")[0]
-        online = run(0, "org/sums streamed", "org/nothing", "org/sums@v9", f"org/sums@{FIRST}")
+        assert run(0, "org/sums streamed") == [f"{FIRST} 20"]
         assert "cannot download 'train.jsonl' of data set 'org/sums'" in run(1, "org/sums")[0]
-        assert run(0, "org/sums") == [f"{FIRST} 20"]
+        online = run(0, "org/sums", "org/nothing", "org/sums@v9", f"org/sums@{FIRST}")
         assert online[0] == online[3] == f"{FIRST} 20"
         assert "no data set 'org/nothing'" in online[1]
         assert "has no revision 'v9' [prompts.revision]" in online[2]

@@ -118,9 +118,12 @@ TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
         ("json", json.dumps([speak("human", "Why?")]), [ASK]),
         ("json", json.dumps(ASK), [ASK]),
         ("json", '["Why?"]', [ASK]),
+        ("json", json.dumps(json.dumps([ASK])), [ASK]),
         ("transcript", TRANSCRIPT, TALK),
         ("transcript", TRANSCRIPT.lstrip() + " ", TALK),
         ("transcript", "### Human: Hi### Assistant: Hello.\n### Human: Why?", TALK),
+        ("transcript", "User: Hi\nAssistant: Hello.\nUser: Why?\nAssistant:", TALK),
+        ("transcript", "USER: Hi ASSISTANT: Hello. USER: Why? ASSISTANT:", TALK),
         (
             "transcript",
             "Human: a\n\nb Human: c\n\nAssistant: ",
@@ -138,6 +141,8 @@ def test_strings_that_hold_turns(form, text, turns):
     "text",
     [
         "Human: who is that?",
+        "User: Assistant",
+        "User: what does an Assistant: label mean?",
         'Explain [{"role": "user", "content": "x"}]',
         '{"role": "user"}',
         '[{"role": "user"}]',
@@ -160,8 +165,9 @@ def test_an_answer_may_be_a_list_of_strings_but_not_messages():
 
 
 def test_messages_as_a_python_literal_are_refused():
-    message = refused({"prompt": str([ASK])})
-    assert "'prompt' is a string that holds messages as a Python literal" in message
+    for text in (str([ASK]), f"array([{ASK}], dtype=object)", f"[ {ASK}\n {GOOD}]"):
+        message = refused({"prompt": text})
+        assert "'prompt' is a string that holds messages as a Python literal" in message
 
 
 @pytest.mark.parametrize("form", ["json", "transcript"])

@@ -227,7 +227,7 @@ def test_items_of_an_array_have_places(tmp_path):
         ("[]", "the data set is empty"),
         (
             '{\n "data": [{"prompt": "x"}]\n}',
-            "{path}:1: the row is the beginning of an object over several lines",
+            "the file begins with an object over several lines [{path}:1]",
         ),
         ("\ufeff".encode("utf-16-le") + "{}".encode("utf-16-le"), "the file is UTF-16 [{path}:1]"),
     ],
@@ -303,3 +303,12 @@ def test_other_files_are_read_by_the_library(tmp_path, streaming):
         load_prompts(config("hub", arrow, reference_field="anwser", streaming=streaming))
     with pytest.raises(DataError, match="has no split 'test'"):
         load_prompts(config("hub", arrow, split="test", streaming=streaming))
+
+
+def test_packed_files_are_named(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as file:
+        file.writestr("train.jsonl", json.dumps(ROWS[0]))
+    with pytest.raises(DataError, match=r"files of data set .* are packed as .zip"):
+        load_prompts(config("hub", tmp_path))
