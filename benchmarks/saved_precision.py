@@ -1,6 +1,6 @@
 """What is left of a training in bfloat16: rounded to the nearest, and at random as this project does.
 
-    python benchmarks/saved_precision.py [--steps 12] [--output benchmarks/results/saved_precision.json]
+    python benchmarks/saved_precision.py [--steps 10] [--output benchmarks/results/saved_precision.json]
 
 SmolLM2-135M-Instruct (the demo's model, its weights on the bfloat16 grid) is trained by `train_policy` on
 pieces of this project's documents, every second one to become more probable, the others less, at three
@@ -31,11 +31,11 @@ from qrpo_core.data.collator import Example
 from qrpo_core.policy import load_model
 from qrpo_core.rounding import stochastic_bfloat16
 from qrpo_core.train.run import train_policy
-from qrpo_core.train.survival import ROWS, float32_logprobs, survival
+from qrpo_core.train.survival import float32_logprobs, survival
 
 ROOT = Path(__file__).parents[1]
 RATES = (1e-6, 1e-5, 1e-4)
-BATCH, LENGTH, BETA = 8, 32, 0.1
+BATCH, LENGTH, BETA, SCORED = 8, 24, 0.1, 32
 CPU = torch.device("cpu")
 
 
@@ -82,14 +82,14 @@ def at_rate(rate: float, folder: Path, rows: list[Example], unseen: list[Example
             folder,
             policy,
             objective=ObjectiveConfig(beta=BETA),
-            training=TrainingConfig(learning_rate=rate, batch_size=BATCH, warmup_ratio=0),
+            training=TrainingConfig(learning_rate=rate, batch_size=BATCH, warmup_ratio=0, precision="fp32"),
             work=Path(scratch) / "work",
         )
         start, trained = load_model(folder, "float32"), load_model(policy, "float32")
         models = {way: rounded(policy, way) for way in ("nearest", "stochastic")}
     found: dict[str, Any] = {"learning_rate": rate, "steps": len(done.history)}
     found["unchanged"] = {way: round(unchanged(model, start), 4) for way, model in models.items()}
-    for name, scored in (("trained_rows", rows[:ROWS]), ("unseen_rows", unseen)):
+    for name, scored in (("trained_rows", rows[:SCORED]), ("unseen_rows", unseen)):
         base, moved = (float32_logprobs(model, scored, CPU) for model in (start, trained))
         each = {
             way: survival(base, moved, float32_logprobs(model, scored, CPU)) for way, model in models.items()
@@ -105,11 +105,11 @@ def at_rate(rate: float, folder: Path, rows: list[Example], unseen: list[Example
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     given = parser.parse_args()
     head = about("what survives of a training in bfloat16", goals={"share": "0.9 or more on trained rows"})
     folder = smollm2()
-    rows = rows_of(folder, BATCH * given.steps + ROWS)
+    rows = rows_of(folder, BATCH * given.steps + SCORED)
     count = BATCH * given.steps
     rates = [at_rate(rate, folder, rows[:count], rows[count:]) for rate in RATES]
     publish(head | {"model": "SmolLM2-135M-Instruct", "rates": rates}, given.output)

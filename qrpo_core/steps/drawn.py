@@ -79,7 +79,8 @@ class DrawnCopy:
     def _by_engine(self, scored: ScoredRows) -> list[float]:
         """By the engine's own scoring: what it quantises to is nowhere else."""
         rows = [ScoreRequest(tuple(prompt), tuple(tokens)) for prompt, tokens in scored.rows]
-        return [float(value) for value in self.step.engine().logprobs(rows)]
+        found = self.step.engine().logprobs(rows, temperature=scored.temperature)
+        return [float(value) for value in found]
 
     def _by_copy(self, scored: ScoredRows) -> list[float]:
         """By what the engine loads, in float32 arithmetic."""
@@ -90,7 +91,8 @@ class DrawnCopy:
         self.step.workspace.close()  # the engine's memory; it is loaded anew where it draws
         device = pick_device()
         model = load_copy(self.step.policy, _arithmetic(self.step), self.step.adapters).to(device)
-        return float32_logprobs(model, [Example(*row) for row in scored.rows], device)
+        rows = [Example(*row) for row in scored.rows]
+        return float32_logprobs(model, rows, device, scored.temperature)
 
 
 def drawn_copy(step: object) -> DrawnCopy | None:

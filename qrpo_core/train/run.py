@@ -115,7 +115,9 @@ def train_here(
             done = _train(
                 items, rows, directory, arguments, facts, objective, training, work=work, on_step=on_step
             )
-        scored = save(work, rows, done.logprobs, directory, out, training.save_dtype) if first else None
+        scored = None
+        if first:
+            scored = save(rows, done.logprobs, directory, out, training=training, work=work)
     return Outcome(done.history, scored)
 
 
@@ -160,7 +162,8 @@ def _train(
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered from every process
     logprobs = None
     if not arguments.deepspeed:
-        logprobs = float32_logprobs(in_memory(trainer.model_wrapped), rows, arguments.device)
+        model, temperature = in_memory(trainer.model_wrapped), training.temperature or 1.0
+        logprobs = float32_logprobs(model, rows, arguments.device, temperature)
     history = _history(trainer.state.log_history)
     if first:
         del policy, trainer  # the optimiser's memory

@@ -20,7 +20,7 @@ import torch
 
 from qrpo_core.config import TrainingConfig
 from qrpo_core.data.collator import Example
-from qrpo_core.engines.numerics import dtype_name
+from qrpo_core.engines.numerics import dtype_name, pick_device
 from qrpo_core.errors import ModelError, ObjectiveError
 from qrpo_core.policy import load_model, load_tokenizer
 from qrpo_core.rounding import write_bfloat16
@@ -28,7 +28,6 @@ from qrpo_core.train.checkpoints import drop_checkpoints, seal, whole
 from qrpo_core.train.lora import add_adapters, merge, save_adapters
 from qrpo_core.train.survival import (
     ScoredRows,
-    directory_logprobs,
     float32_logprobs,
     require_same,
     require_share,
@@ -78,7 +77,7 @@ def keep(
         policy = add_adapters(policy, training)
     _fill(policy, weights)
     if logprobs is None:
-        logprobs = float32_logprobs(policy, rows, torch.device("cpu"))
+        logprobs = float32_logprobs(policy, rows, torch.device("cpu"), training.temperature or 1.0)
     if training.lora_rank is not None:
         save_adapters(policy, folder / _POLICY / _ADAPTER)
         policy = merge(policy)
@@ -98,17 +97,30 @@ def kept(work: Path, facts: dict[str, Any]) -> Trained | None:
 
 
 def save(
-    work: Path, rows: Sequence[Example], logprobs: Sequence[float], directory: Path, out: Path, dtype: str
+    rows: Sequence[Example],
+    logprobs: Sequence[float],
+    directory: Path,
+    out: Path,
+    *,
+    training: TrainingConfig,
+    work: Path,
 ) -> ScoredRows:
-    """Write the policy that `keep` left to `out` in `dtype`; compare what was written with what was trained.
+    """Write the policy that `keep` left to `out` in `training.save_dtype`; compare it with what was trained.
 
-    directory : of the starting policy. Raises ModelError where the training did not survive; `out` is then
-    empty, and what `keep` left is still there.
+    logprobs : of the rows under the policy in memory. directory : of the starting policy.
+
+    Raises ModelError where the training did not survive; `out` is then empty, and what `keep` left is still
+    there.
     """
-    trained = work / TRAINED / _POLICY
-    adapted = (trained / _ADAPTER).is_dir()
-    start = directory_logprobs(directory, rows, "float32")
-    saved = _scored_as_loaded(trained, rows, "float32")
+    trained, dtype = work / TRAINED / _POLICY, training.save_dtype
+    adapted, temperature = (trained / _ADAPTER).is_dir(), training.temperature or 1.0
+
+    def scores(folder: Path, asked: str | None) -> list[float]:
+        device = pick_device()
+        model = load_model(folder, "float32") if asked is None else _as_loaded(folder, asked)
+        return float32_logprobs(model.float().to(device), rows, device, temperature)
+
+    start, saved = scores(directory, None), scores(trained, "float32")
     require_same(start, logprobs, saved, adapted=adapted)
     shutil.rmtree(out, ignore_errors=True)
     if dtype == "float32":
@@ -117,9 +129,9 @@ def save(
         write_bfloat16(trained, out)
         if adapted:
             shutil.copytree(trained / _ADAPTER, out / _ADAPTER)
-        saved = _scored_as_loaded(out, rows, dtype)
+        saved = scores(out, dtype)
     tokens = [([int(i) for i in row.prompt_token_ids], [int(i) for i in row.token_ids]) for row in rows]
-    scored = ScoredRows(dtype, tokens, start, list(logprobs), saved)
+    scored = ScoredRows(dtype, temperature, tokens, start, list(logprobs), saved)
     try:
         require_share(scored)
     except ModelError:
@@ -139,11 +151,8 @@ def in_memory(model: Any) -> Any:
     return model
 
 
-def _scored_as_loaded(directory: Path, rows: Sequence[Example], dtype: str) -> list[float]:
-    """The log-probs of a saved policy, loaded as its config says, which must be in `dtype`."""
-    from qrpo_core.engines.numerics import pick_device
-
-    device = pick_device()
+def _as_loaded(directory: Path, dtype: str) -> Any:
+    """A saved policy as from_pretrained loads it by default, which must be in `dtype`."""
     model = load_model(directory, "auto")
     found = sorted({dtype_name(weight.dtype) for weight in model.parameters()})
     if found != [dtype]:
@@ -152,7 +161,7 @@ def _scored_as_loaded(directory: Path, rows: Sequence[Example], dtype: str) -> l
             where=str(directory / "config.json"),
             remedy="report this: save_pretrained wrote another dtype than that of the weights",
         )
-    return float32_logprobs(model.float().to(device), rows, device)
+    return model
 
 
 def _fill(model: Any, weights: dict[str, torch.Tensor]) -> None:

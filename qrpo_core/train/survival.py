@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,10 +64,12 @@ class Survival:
 class ScoredRows:
     """Training rows, and their log-probs in nats under the starting policy, the trained and the saved one.
 
-    rows : prompt and completion tokens of each. dtype : precision of what was saved.
+    rows : prompt and completion tokens of each. dtype : precision of what was saved. temperature : of all
+        log-probs, that of the training.
     """
 
     dtype: str
+    temperature: float
     rows: list[tuple[list[int], list[int]]]
     start: list[float]
     trained: list[float]
@@ -112,8 +113,13 @@ def chosen_rows(items: Sequence[Item]) -> list[Example]:
     return [rows[place] for place in places]
 
 
-def float32_logprobs(model: Any, rows: Sequence[Example], device: torch.device) -> list[float]:
-    """log pi(completion | prompt) of each row in nats, by a model with float32 weights, without autocast."""
+def float32_logprobs(
+    model: Any, rows: Sequence[Example], device: torch.device, temperature: float = 1.0
+) -> list[float]:
+    """log pi(completion | prompt) of each row in nats, by a model with float32 weights, without autocast.
+
+    temperature : pi is softmax(logits / temperature).
+    """
     import torch
 
     from qrpo_core.train.forward import policy_logprobs
@@ -125,20 +131,11 @@ def float32_logprobs(model: Any, rows: Sequence[Example], device: torch.device) 
         batch = Collator(0)([rows[place] for place in places])
         names = ("input_ids", "attention_mask", "completion_mask")
         ids, mask, completion = (batch[name].to(device) for name in names)
-        sums[places] = policy_logprobs(model, ids, mask, completion).double().cpu()
+        sums[places] = policy_logprobs(model, ids, mask, completion, temperature).double().cpu()
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         Passes(_PASS_TOKENS).run([length(row) for row in rows], score)
     return [float(value) for value in sums]
-
-
-def directory_logprobs(directory: Path, rows: Sequence[Example], dtype: str) -> list[float]:
-    """The same for the policy of a directory, loaded in `dtype` first."""
-    from qrpo_core.engines.numerics import pick_device
-    from qrpo_core.policy import load_model
-
-    device = pick_device()
-    return float32_logprobs(load_model(directory, dtype).float().to(device), rows, device)
 
 
 def survival(start: Sequence[float], trained: Sequence[float], written: Sequence[float]) -> Survival:

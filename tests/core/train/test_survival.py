@@ -25,6 +25,7 @@ from qrpo_core.train.survival import (
     Outcome,
     ScoredRows,
     chosen_rows,
+    float32_logprobs,
     require_same,
     require_share,
     survival,
@@ -47,7 +48,7 @@ def train(tmp_path: Path) -> Train:
     """Train a directory's policy on some rows; `out` and `work` lie beside each other."""
 
     def run(model: Path, name: str = "one", items: list[Any] | None = None, **training: Any) -> Outcome:
-        on_step = training.pop("on_step", None)
+        on_step, work = training.pop("on_step", None), training.pop("work", "work")
         settings = {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0} | training
         return train_policy(
             items or examples(24),
@@ -55,7 +56,7 @@ def train(tmp_path: Path) -> Train:
             tmp_path / name,
             objective=ObjectiveConfig(beta=0.1),
             training=TrainingConfig.model_validate(settings),
-            work=tmp_path / "work",
+            work=tmp_path / work,
             on_step=on_step,
         )
 
@@ -117,7 +118,7 @@ def test_a_training_that_float32_does_not_show_has_no_share() -> None:
 def test_below_nine_tenths_a_rounded_policy_is_refused(share: float, fits: bool) -> None:
     start, moved = np.full(8, -40.0), np.linspace(-2, 2, 8)
     values = [list(values) for values in (start, start + moved, start + share * moved)]
-    scored = ScoredRows("bfloat16", [([1], [2])] * 8, *values)
+    scored = ScoredRows("bfloat16", 1.0, [([1], [2])] * 8, *values)
     assert ScoredRows.from_json(scored.to_json()) == scored
     if fits:
         require_share(scored)
@@ -129,9 +130,9 @@ def test_below_nine_tenths_a_rounded_policy_is_refused(share: float, fits: bool)
 def test_an_untrained_policy_is_compared_by_its_differences() -> None:
     start = [-40.0] * 4
     rows = [([1], [2] * 10)] * 4
-    require_share(ScoredRows("bfloat16", rows, start, start, [-40.5] * 4))
+    require_share(ScoredRows("bfloat16", 1.0, rows, start, start, [-40.5] * 4))
     with pytest.raises(ModelError, match="moved nothing that float32 shows"):
-        require_share(ScoredRows("bfloat16", rows, start, start, [-44.0] * 4))
+        require_share(ScoredRows("bfloat16", 1.0, rows, start, start, [-44.0] * 4))
 
 
 def test_rows_are_chosen_evenly_and_always_the_same() -> None:
@@ -163,6 +164,19 @@ def test_the_whole_training_is_saved(
     assert str(model.dtype) == f"torch.{dtype}"
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert (tmp_path / "one" / "adapter").is_dir() == ("lora_rank" in training)
+
+
+def test_rows_are_scored_at_the_temperature_of_the_training(tiny_model: Path, train: Train) -> None:
+    cool, plain = (train(tiny_model, f"at {t}", temperature=t, work=f"{t}").scored for t in (0.5, 1.0))
+    assert cool is not None
+    assert plain is not None
+    assert cool.temperature == 0.5
+    assert cool.survival.share == pytest.approx(1, abs=1e-4)
+    device = torch.device("cpu")
+    rows = [Example(*row) for row in cool.rows]
+    at_half = float32_logprobs(load_model(tiny_model, "float32"), rows, device, 0.5)
+    assert cool.start == pytest.approx(at_half)
+    assert plain.start != pytest.approx(at_half)
 
 
 @pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:.*tied:UserWarning")  # peft's own
