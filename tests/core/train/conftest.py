@@ -28,7 +28,10 @@ def server() -> ForkServerContext:
 def make_job(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """A job directory of EXAMPLES examples, which the test's module says; training settings by name."""
+    """A job directory of EXAMPLES examples, which the test's module says; training settings by name.
+
+    In float32 if nothing else is said: "bf16" is bfloat16 on one machine and float32 on another.
+    """
     draw = np.random.default_rng(0)
     items = [
         Example(
@@ -43,7 +46,8 @@ def make_job(
 
     def make(**training: Any) -> Path:
         folder = tmp_path_factory.mktemp("training")
-        settings = {"batch_size": 4, "epochs": 2, "learning_rate": 1e-3, "checkpoint_minutes": 0} | training
+        settings = {"batch_size": 4, "epochs": 2, "learning_rate": 1e-3, "checkpoint_minutes": 0}
+        settings |= {"precision": "fp32"} | training
         write_job(
             items,
             tiny_model,

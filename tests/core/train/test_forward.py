@@ -13,6 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from qrpo_core.errors import ModelError
 from qrpo_core.train.forward import check_head, policy_logprobs
+from tests.rounding import reordered
+
+#: Operations from a weight to a log-prob: sums over 32 and 64 features in two layers, and over 97 tokens.
+ROUNDINGS = 2_000
+#: A log-prob is a difference of logits, each of up to 10 nats here; a sum of log-probs has terms of one sign.
+CLOSE = {"rtol": reordered(ROUNDINGS), "atol": 10 * reordered(ROUNDINGS)}
 
 # peft asks transformers for a name that is about to go.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -67,9 +73,11 @@ def gradients(model: Any, sums: torch.Tensor) -> list[torch.Tensor]:
 def assert_same(model: Any, temperature: float = 1.0) -> None:
     rows = batch()
     ours, theirs = policy_logprobs(model, **rows, temperature=temperature), plain(model, rows, temperature)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    # A gradient's terms cancel, down to zero in some weights: errors are measured by the largest of its kind.
+    torch.testing.assert_close(ours, theirs, **CLOSE)
     for one, other in zip(gradients(model, ours), gradients(model, theirs), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max().clamp(min=10)))
+        largest = float(other.abs().max().clamp(min=1))
+        torch.testing.assert_close(one, other, rtol=0, atol=reordered(2 * ROUNDINGS) * largest)
 
 
 def families() -> dict[str, Callable[[], Any]]:
@@ -198,7 +206,8 @@ def test_the_check_draws_no_random_numbers(tiny_model: Path) -> None:
 def test_padding_changes_nothing(tiny_model: Path) -> None:
     model, rows = load(tiny_model), batch()
     wider = {name: torch.nn.functional.pad(value, (0, 20)) for name, value in rows.items()}
-    torch.testing.assert_close(policy_logprobs(model, **rows), policy_logprobs(model, **wider))
+    ours, theirs = policy_logprobs(model, **rows), policy_logprobs(model, **wider)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 def test_everything_is_put_back_when_the_model_fails(tiny_model: Path) -> None:
