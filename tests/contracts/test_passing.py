@@ -237,7 +237,7 @@ _STEP = st.one_of(
 @settings(max_examples=40, deadline=None)
 @given(st.lists(_STEP, max_size=6), st.integers(1, 3))
 def test_runs_and_compactions_in_any_order(steps: list[object], tries: int) -> None:
-    """Against a table in memory: no row is bought again once it is settled, none that can pass is forgotten."""
+    """Against a table in memory: no settled row is bought again, none that can pass is forgotten."""
     with TemporaryDirectory() as folder:
         objects = open_objects(StoreConfig(path=folder))
         known: dict[Pair, tuple[str, float | None]] = {}

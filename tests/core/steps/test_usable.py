@@ -87,7 +87,7 @@ def test_all_of_2000_rows_are_told_in_one_message_and_nothing_is_written(
     assert head.startswith("15 rows cannot be used (7 too long for the model, 5 with a reference ")
     assert "3 that the chat template refuses" in head
     places = [line.split(": ")[0].rpartition(":")[2] for line in told]
-    assert sorted(map(int, places)) == sorted(sum(lines.values(), []))
+    assert sorted(map(int, places)) == sorted(n for each in lines.values() for n in each)
     by_place = dict(zip(map(int, places), told, strict=True))
     assert all("exceed 512" in by_place[line] for line in lines["long"])
     assert all("not this one" in by_place[line] for line in lines["no"])
@@ -110,7 +110,7 @@ def test_skip_leaves_the_15_out_of_every_step_and_counts_them(
     chain = stored_chain(workspace)
     assert len(chain.table) == 1985
     left = {int(source.rpartition(":")[2]) for source in chain.table["source"].to_pylist()}
-    assert left.isdisjoint(sum(lines.values(), []))
+    assert left.isdisjoint({n for each in lines.values() for n in each})
     (row,) = unusable_rows(chain.found.left_out)
     assert row["count"] == 15
     assert known_chain(workspace).usable == chain.usable
