@@ -13,10 +13,12 @@ _EVERY = 5.0
 
 def told(verb: str, unit: str) -> Progress:
     """Count, and write every few seconds how much it is by now: `qrpo: checked 4,000 prompts`."""
-    last, done = time.monotonic(), 0
+    last, done = 0.0, 0
 
     def progress(count: int) -> None:
         nonlocal last, done
+        if not done:
+            last = time.monotonic()
         done += count
         if time.monotonic() - last >= _EVERY:
             last = time.monotonic()

@@ -62,7 +62,7 @@ def unusable_lines(found: Sequence[Unusable]) -> list[str]:
     rows = len({(each.prompt_id, each.where, each.sample_index) for each in found})
     by_kind = ", ".join(f"{count} {kind}" for kind, count in count_kinds(found).items())
     remedy = "mend or remove them, or set prompts.on_unusable: skip to leave them out, counted"
-    lines = [f"{rows} rows cannot be used ({by_kind}): {remedy}"]
+    lines = [f"{rows} row{'s' if rows > 1 else ''} cannot be used ({by_kind}): {remedy}"]
     lines += ["  " + _one_line(f"{each.where}: {each.problem}; {each.remedy}") for each in found[:SHOWN]]
     rest = [each.where for each in found[SHOWN:]]
     if rest:

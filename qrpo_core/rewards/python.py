@@ -105,10 +105,10 @@ class PythonReward:
         """What to say of a function that has raised on every row: its error, and where it arose."""
         error = self._raised
         frames = traceback.extract_tb(None if error is None else error.__traceback__)
+        said = clip(f"{type(error).__name__}: {error}")
         place = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        told = f"{type(error).__name__}: {error}"
         return ConfigError(
-            f"the function fails on each of the first {rows} rows: {clip(told)}",
+            f"the function fails on each of the first {rows} rows: {said}",
             where=f"reward.python.function {self._config.function!r}{place}",
             remedy="mend the function: it gets a list of rows and returns one number a row (docs/rewards.md)",
         )

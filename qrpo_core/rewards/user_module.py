@@ -112,12 +112,19 @@ def _load_as(folder: Path, parts: list[str]) -> ModuleType:
 
 
 def _importable(folder: Path) -> None:
-    """Let modules of a folder be imported, before any other unless that would hide a package of ours."""
+    """Let modules of a folder be imported, before any other but the packages of ours."""
     here = str(folder)
     if here in sys.path or ("" in sys.path and here == os.getcwd()):
         return
-    hides = any(
-        (folder / f"{name}.py").is_file() or ((folder / name).is_dir() and folder.resolve() != _HOME)
-        for name in _OURS
-    )
-    sys.path.insert(len(sys.path) if hides else 0, here)
+    for name in _OURS:
+        if name not in sys.modules and (_HOME / name / "__init__.py").is_file():
+            # What is imported already cannot be hidden by a file of that name.
+            place = [str(_HOME / name)]
+            spec = importlib.util.spec_from_file_location(
+                name, _HOME / name / "__init__.py", submodule_search_locations=place
+            )
+            assert spec is not None  # its name ends with .py
+            assert spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+    sys.path.insert(0, here)

@@ -190,7 +190,9 @@ def _without(tables: UsableTables, problems: Sequence[Unusable]) -> UsableTables
     splits = _splits(tables.prompts)
     gone = report_unusable(problems, "skip")
     prompts, offline = tables.prompts, tables.offline
-    prompts = prompts.filter(pc.invert(pc.is_in(prompts["prompt_id"], value_set=pa.array(sorted(gone)))))
+    prompts = prompts.filter(
+        pc.invert(pc.is_in(prompts["prompt_id"], value_set=pa.array(sorted(gone), pa.string())))
+    )
     single = {(each.prompt_id, each.sample_index) for each in problems if each.sample_index is not None}
     if offline is not None and single:
         names = [offline[name].to_pylist() for name in ("prompt_id", "sample_index", "pair")]

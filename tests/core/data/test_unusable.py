@@ -54,6 +54,6 @@ def test_skip_leaves_out_prompts_and_no_prompt_for_one_of_its_completions() -> N
 
 def test_two_problems_of_one_row_are_one_row() -> None:
     both = [LONG, Unusable(LONG.prompt_id, LONG.where, "no reference", "fill it in", "without a reference")]
-    with pytest.raises(UnusableError, match=r"^1 rows cannot be used"):
+    with pytest.raises(UnusableError, match=r"^1 row cannot be used"):
         report_unusable(both, "refuse")
     assert count_kinds(both) == {"too long for the model": 1, "without a reference": 1}

@@ -180,3 +180,30 @@ def test_the_working_directory_is_importable_once(write: Write, tmp_path: Path) 
         reward().problems([])
     assert sys.path.count(str(tmp_path)) == 1
     assert math.isfinite(reward().score([row("a")])[0].reward or 0.0)
+
+
+def test_a_function_that_fails_on_every_row_names_its_own_error_and_line(write: Write) -> None:
+    write("def score(batch):\n    raise KeyError('answer')\n")
+    with pytest.raises(ConfigError, match=r"each of the first 3 rows: KeyError: 'answer' .*mine\.py:2"):
+        reward().score([row("a", index) for index in range(3)])
+
+
+def test_a_wrong_signature_is_a_functions_own_error(write: Write) -> None:
+    write("def score(prompts, completions): return [1.0] * len(completions)\n")
+    with pytest.raises(ConfigError, match=r"TypeError: score\(\) missing 1 required positional argument"):
+        reward().score([row("a", index) for index in range(2)])
+
+
+def test_leaving_the_process_is_a_failure_of_the_row(write: Write) -> None:
+    write("import sys\ndef score(batch): return [1.0 if r.completion else sys.exit(3) for r in batch]\n")
+    found = reward().score([row("a"), row("")])
+    assert (found[0].reward, found[1].status) == (1.0, "parse_error")
+    assert "SystemExit" in found[1].detail
+
+
+def test_once_it_has_scored_rows_that_fail_have_their_status(write: Write) -> None:
+    write("def score(batch): return [1 / len(r.completion) for r in batch]\n")
+    made = reward()
+    assert made.score([row("a"), row("")])[1].status == "parse_error"
+    assert [score.status for score in made.score([row(""), row("", 1)])] == ["parse_error"] * 2
+    assert [score.status for score in reward().score([row("")])] == ["parse_error"]  # one row proves nothing
