@@ -8,7 +8,7 @@ TRL_VENV := .venv-trl
 VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env demo arithmetic test test-all test-service test-fast lint serve deploy workers bench bench-trl bench-vllm lock clean
+.PHONY: help install vllm-env demo arithmetic test test-all test-service test-fast lint findings serve deploy workers bench bench-trl bench-vllm lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ lint: $(STAMP)  ## formatting, style, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+findings:  ## surprises of outside software, each shown by a script that installs it; minutes each
+	for script in findings/*.sh; do echo "== $$script"; bash $$script || exit 1; done
 
 serve: $(STAMP)  ## a Prefect server with its UI on http://127.0.0.1:4200
 	$(BIN)/python -m flows.serve
