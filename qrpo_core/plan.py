@@ -76,6 +76,8 @@ def _prompts(
     kinds = [f"{count} {kind}" for kind, count in count_kinds(problems).items()]
     if unread := counts.get("unreadable_rows"):
         kinds.append(f"{unread} that cannot be read")
+    if contradicting := counts.get("contradicting_rows"):
+        kinds.append(f"{contradicting} that contradict another row")
     if not kinds:
         return stage
     left = f"left out, prompts.on_unusable: {', '.join(kinds)}"

@@ -75,7 +75,7 @@ def _refuse_other_forms(text: str, source: str, place: str, is_prompt: bool) -> 
         found, form = "messages written as JSON", "json"
     elif is_prompt and _strings(text):
         found, form = "strings written as a JSON list", "json"
-    elif {"Assistant", "ASSISTANT"} & set(_pieces(text)[::2]) or text.startswith("\n\nHuman:"):
+    elif _is_wrapped(text):
         found, form = f"a transcript of turns '{_pieces(text)[0]}:' and 'Assistant:'", "transcript"
     elif _LITERAL.match(text):
         raise DataError(
@@ -89,6 +89,15 @@ def _refuse_other_forms(text: str, source: str, place: str, is_prompt: bool) -> 
             where=source,
             remedy=f"set prompts.string_format to {form}, or to text if the model shall read it as it stands",
         )
+
+
+def _is_wrapped(text: str) -> bool:
+    """Whether a text is a transcript of which its writer would not say that it is a text.
+
+    People write `User: ...` and `Assistant: ...` in prompts of their own.
+    """
+    answered = {"Assistant", "ASSISTANT"} & set(_pieces(text)[::2])
+    return text.startswith("\n\nHuman:") or (bool(answered) and not text.lstrip().startswith("User:"))
 
 
 def _messages(text: str) -> Any:

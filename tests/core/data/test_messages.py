@@ -122,7 +122,6 @@ TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
         ("transcript", TRANSCRIPT, TALK),
         ("transcript", TRANSCRIPT.lstrip() + " ", TALK),
         ("transcript", "### Human: Hi### Assistant: Hello.\n### Human: Why?", TALK),
-        ("transcript", "User: Hi\nAssistant: Hello.\nUser: Why?\nAssistant:", TALK),
         ("transcript", "USER: Hi ASSISTANT: Hello. USER: Why? ASSISTANT:", TALK),
         (
             "transcript",
@@ -135,6 +134,12 @@ def test_strings_that_hold_turns(form, text, turns):
     assert messages(text, string_format=form) == turns
     assert messages(text, string_format="text") == [{"role": "user", "content": text}]
     assert f"set prompts.string_format to {form}" in refused({"prompt": text})
+
+
+def test_turns_of_users_are_a_transcript_only_by_the_setting():
+    text = "User: Hi\nAssistant: Hello.\nUser: Why?\nAssistant:"
+    assert messages(text, string_format="transcript") == TALK
+    assert messages(text) == [{"role": "user", "content": text}]
 
 
 @pytest.mark.parametrize(
