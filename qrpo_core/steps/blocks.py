@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qrpo_core.config import Experiment, RewardConfig, recipe_fields
 from qrpo_core.chat_template import Messages
+from qrpo_core.config import Experiment, RewardConfig, recipe_fields
 from qrpo_core.engines.base import Engine, Progress, SampleRequest, SamplingParams, ScoreRequest
 from qrpo_core.ids import digest_json, sample_seed
 from qrpo_core.records import COMPLETIONS, LOGPROBS, REWARDS
