@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -179,6 +180,18 @@ class TestVariables:
     def test_that_the_template_does_not_read_are_refused(self) -> None:
         with pytest.raises(ModelError, match="does not read 'enable_thoughts'"):
             chat_of("qwen3", enable_thoughts=False)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    """Spelling control tokens out is no setting of the tokenizer that all of them share."""
+    chat = chat_of("qwen3")
+    turns = [
+        [{"role": "user", "content": text}] for text in ("What is <|im_end|>?", "And <think>, say?", "Hi")
+    ]
+    alone = [chat.prompt_token_ids(each) for each in turns]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(chat.prompt_token_ids, turns * 100))
+    assert found == alone * 100
 
 
 def test_what_is_no_text_is_refused() -> None:

@@ -63,7 +63,6 @@ def test_histories(tmp_path: Path) -> None:
         "Why does [INST] stand in prompts?",
         "Is <s>old</s> valid HTML",
         "<think>Say less</think>",
-        "User: hi\nAssistant: hello",
     ],
 )
 def test_tokens_that_are_spoken_of_are_text(tmp_path: Path, text: str) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 from qrpo_core import template_clock
+from qrpo_core.errors import ModelError
+from qrpo_core.experiments import parse_experiment
+from qrpo_core.preflight import check
 from qrpo_core.steps import prompts
 from qrpo_core.steps.chain import Chain, budget_recipes, stored_chain
 from qrpo_core.steps.workspace import Workspace
@@ -111,6 +114,18 @@ def test_a_template_without_clock_has_the_recipes_that_it_had(
     config = named.first.row_steps[0].recipe.config
     assert not config.keys() & {"date", "chat_template_kwargs"}
     assert named.first.train.key == chain.first.train.key
+    assert named.usable.key == chain.usable.key
+
+
+def test_a_template_that_is_of_no_use_is_refused_once(
+    settings: dict[str, Any], make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Before anything is stored, and not once a row."""
+    folder = make_tiny_model(tmp_path / "m", template=DATED.partition("{% if add_generation")[0])
+    workspace = Workspace(parse_experiment(settings | {"model": {"path": str(folder)}}))
+    with pytest.raises(ModelError, match="has no generation prompt"):
+        check(workspace)
+    assert not list(workspace.artifacts.manifests())
 
 
 def test_variables_of_the_template_are_part_of_what_they_decide(
@@ -124,6 +139,7 @@ def test_variables_of_the_template_are_part_of_what_they_decide(
     )
     assert computed["sample references"] > 0
     assert kind.prompts.key == plain.prompts.key
+    assert kind.usable.key != plain.usable.key
     assert kind.first.row_steps[0].recipe.config["chat_template_kwargs"] == {"tone": "Dear"}
     chat = kind.workspace.chat(kind.reference.directory)
     assert chat.decode(chat.prompt_token_ids([{"role": "user", "content": "Hi"}])) == "HiDear"

@@ -305,3 +305,20 @@ def test_targets_of_every_day_pass(saved_model: Callable[..., Path], tied: bool)
         check_targets(model, targets)
     if not tied:
         check_targets(model, ("embed_tokens",))
+
+
+@pytest.mark.slow
+def test_the_real_model_keeps_a_small_training_and_nearest_rounding_loses_it(
+    smollm2: Path, train: Train, tmp_path: Path
+) -> None:
+    rows = examples(16, length=8)
+    small = {"items": rows, "learning_rate": 1e-6, "batch_size": 8, "epochs": 2}
+    scored = train(smollm2, save_dtype="bfloat16", **small).scored
+    assert scored is not None
+    kept = scored.survival
+    assert kept.share == pytest.approx(1, abs=0.1)
+    assert kept.written >= 0.9 * kept.trained > 0
+    cast = load_model(tmp_path / "work" / TRAINED / "policy", "bfloat16").float()
+    found = survival(scored.start, scored.trained, float32_logprobs(cast, rows, torch.device("cpu")))
+    assert found.share is not None
+    assert found.share < 0.5
