@@ -138,6 +138,18 @@ def test_two_processes_give_the_first_numbers_of_one_in_bfloat16(
     close(history[0], expected[0], GRADIENT_BF16)
 
 
+def kill_both(server: ForkServerContext, job: Path) -> None:
+    """Two processes train until a checkpoint is sealed, and are killed."""
+    started = start(server, job, 2)
+    while not sealed(job):
+        assert all(process.is_alive() for process in started)
+        time.sleep(0.001)
+    for process in started:
+        process.kill()
+        process.join()
+    assert not (job / HISTORY).exists()
+
+
 @pytest.mark.parametrize(
     "training",
     [
@@ -155,14 +167,7 @@ def test_a_kill_of_both_changes_nothing(
 ) -> None:
     expected, weights = uninterrupted(2, **training)
     job = make_job(**training)
-    started = start(server, job, 2)
-    while not sealed(job):
-        assert all(process.is_alive() for process in started)
-        time.sleep(0.001)
-    for process in started:
-        process.kill()
-        process.join()
-    assert not (job / HISTORY).exists()
+    kill_both(server, job)
     folder = job / f"checkpoint-{max(sealed(job))}"
     assert bool(list(folder.glob("optimizer_0/__1_*.distcp"))) == (training["parallel"] == "fsdp")
     history, again = finish(server, job, 2)
@@ -174,8 +179,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
     server: ForkServerContext, make_job: Callable[..., Path], uninterrupted: Callable[..., Finished]
 ) -> None:
     job = make_job()
-    finish(server, job, 2)
-    assert sealed(job) == [4, 5]
+    kill_both(server, job)
     history, _ = finish(server, job, 1)
     assert_close(history, uninterrupted(1)[0])
 
