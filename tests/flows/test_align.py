@@ -123,7 +123,7 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     again = align(wanted)
     assert all(stage.state == "Cached" and not stage.computed for stage in again.values())
     server.settle()
-    coarse = {"prompts", "quantiles", "training set", "train", "evaluate", "report"}
+    coarse = {"prompts", "check rows", "quantiles", "training set", "train", "evaluate", "report"}
     assert sum(cached_task_runs(before).values()) == len(coarse)
     assert {"stages", "evaluation", "result"} <= artifact_keys()
 
