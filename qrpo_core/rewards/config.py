@@ -266,10 +266,14 @@ class RewardConfig(Section):
         description="What gives the reward. The other fields begin with the kinds that they belong to.",
     )
     extract: Literal["whole", "last_line", "last_number", "last_integer", "answer_tag"] | None = Field(
-        None, description="exact, number, reasoning_gym: which part of the completion is the answer."
+        None,
+        description="exact, number, reasoning_gym: which part of the completion is the answer; null: the "
+        "kind's own rule.",
     )
-    tolerance: NonNegativeFloat = Field(
-        1e-6, description="number: largest absolute difference that is equal."
+    tolerance: NonNegativeFloat | None = Field(
+        None,
+        description="number: largest absolute difference that is equal; null: 1e-6, and at most a thousandth "
+        "of the reference.",
     )
     min_words: Annotated[int, Field(ge=0)] = Field(0, description="length: fewest words.")
     max_words: PositiveInt | None = Field(None, description="length: most words.")

@@ -5,35 +5,48 @@ A completion without an answer (nothing to extract) is a wrong answer: status ok
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from qrpo_core.rewards import extract as reading
+from qrpo_core.rewards.answers import stated_expression, stated_number
 from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip, read_json
+from qrpo_core.rewards.math_answers import for_algebra, is_quantity, is_readable, same_answer
 from qrpo_core.rewards.worker import ScorerError, Worker, WorkerDied, WorkerTimeout
 
 #: `math` looks for the answer in the last characters of a completion: math-verify's patterns take
 #: quadratic time, about 1 s on the worst 8,000 characters and 20 s on the worst 32,000.
 MATH_WINDOW = 8000
 
+#: A longer answer is no answer that can be compared.
+_LONGEST_ANSWER = 1000
+
+#: What `number` calls equal where no tolerance is set: an absolute difference, and a share of the reference.
+_TOLERANCE, _RELATIVE = Decimal("1e-6"), Decimal("1e-3")
+
 
 class NumberReward(RowReward):
-    """1 if the completion's number is within `tolerance` of the reference, else 0.
+    """1 if the completion's number equals the reference within the tolerance, else 0.
 
     Reference: a JSON number, or a string that holds exactly one number, or a string whose part behind the
     last `####` does (GSM8K). Numbers are read as in `extract`; differences are exact decimals.
 
-    how : "last_number" (default), "last_integer"; "last_line" and "answer_tag" take the last number in
-        that part; "whole" asks that the completion be a number and nothing else.
+    how : null (default), the number that the completion states as its answer (`answers.stated_number`);
+        "last_number", "last_integer"; "last_line" and "answer_tag" take the last number in that part;
+        "whole" asks that the completion be a number and nothing else.
+    tolerance : largest difference that is equal. None: 1e-6, and at most a thousandth of the reference, so
+        that numbers smaller than 1e-6 are told apart.
     """
 
     _needs_reference = True
 
-    def __init__(self, how: reading.Extract | None = None, tolerance: float = 1e-6) -> None:
-        self._how: reading.Extract = how or "last_number"
+    def __init__(self, how: reading.Extract | None = None, tolerance: float | None = None) -> None:
+        self._how = how
         # The shortest spelling: a difference of 0.1 is within a tolerance written as 0.1.
-        self._tolerance = Decimal(repr(float(tolerance)))
+        self._tolerance = None if tolerance is None else Decimal(repr(float(tolerance)))
 
     def check_reference(self, reference: str) -> None:
         _reference_number(reference)
@@ -44,10 +57,15 @@ class NumberReward(RowReward):
             return 0.0
         wanted = _reference_number(request.reference or "")
         difference = reading.ARITHMETIC.subtract(found.value, wanted).copy_abs()
-        return 1.0 if difference <= self._tolerance else 0.0
+        tolerance = self._tolerance
+        if tolerance is None:
+            tolerance = min(_TOLERANCE, reading.ARITHMETIC.multiply(wanted.copy_abs(), _RELATIVE))
+        return 1.0 if difference <= tolerance else 0.0
 
     def _find(self, text: str) -> reading.Number | None:
         match self._how:
+            case None:
+                return stated_number(text)
             case "whole":
                 return reading.only_number(text)
             case "last_integer":
@@ -112,13 +130,14 @@ class ReasoningGymReward(RowReward):
 
 
 class MathReward(RowReward):
-    """1 if math-verify finds the completion's answer equal to the reference, else 0.
+    """1 if the completion's answer is the reference, else 0.
 
-    Reference: a JSON number, or a string that is LaTeX or plain mathematics: with `$`, `\\(`, `\\[` or
-    `\\boxed` it is read as a text that holds the answer, otherwise as the answer itself; behind `####`
-    where it has that. The completion's answer is what math-verify extracts from its last `MATH_WINDOW`
-    characters (from the first white space on, so that no expression starts in its middle), Unicode minus
-    signs and digits brought to ASCII first.
+    Reference: a JSON number, or a string that is LaTeX or plain mathematics, words, or a text that states an
+    answer (`answers.stated_expression`); behind `####` where it has that. Completion and reference are read
+    by the same rules. `math_answers` compares what it can compare exactly: plain numbers, times, words, lists
+    of them. Everything else is math-verify's to decide, whose numeric comparison is replaced by an exact one
+    (`worker_main`). A completion is read from its last `MATH_WINDOW` characters (from the first white space
+    on, so that no expression starts in its middle).
 
     math-verify's own time limits work in a main thread only and not against one long operation in C;
     here it runs in a `Worker` with limits of its own. A row that meets one has status `timeout`.
@@ -128,13 +147,31 @@ class MathReward(RowReward):
 
     def __init__(self) -> None:
         self._worker = Worker("math")
+        self._wanted = lru_cache(maxsize=4096)(_reference_answer)
 
     def check_reference(self, reference: str) -> None:
-        _check_with(self._worker, reference)
+        wanted = self._wanted(reference)
+        if not is_readable(wanted):
+            _check_with(self._worker, for_algebra(wanted))
 
     def score_row(self, request: RewardRequest) -> float | Score:
-        text = reading.ascii_numbers(math_window(request.text))
-        return _score_with(self._worker, request.reference or "", text)
+        wanted = self._wanted(request.reference or "")
+        text = math_window(request.text)
+        answer = stated_expression(text)
+        if answer is None and is_quantity(wanted):
+            number = stated_number(text)
+            answer = number.text if number else text
+        if answer is None:
+            answer = text
+        if not answer.strip():
+            return 0.0
+        if len(answer) <= _LONGEST_ANSWER:
+            verdict = same_answer(wanted, answer)
+            if verdict is not None:
+                return float(verdict)
+            if answer is not text:
+                answer = f"\\boxed{{{for_algebra(answer)}}}"
+        return _score_with(self._worker, for_algebra(wanted), reading.ascii_numbers(answer))
 
 
 def math_window(text: str) -> str:
@@ -164,6 +201,26 @@ def _reference_number(reference: str) -> Decimal:
             f"the string holds {len(found)} numbers; it needs exactly one, or one behind its last ####"
         )
     return found[0].value
+
+
+def _reference_answer(reference: str) -> str:
+    """The answer that a reference of `math` gives. Raises ValueError, saying what is needed."""
+    value = read_json(reference)
+    if isinstance(value, Decimal):
+        return f"{value:f}" if abs(value.adjusted()) < 1000 else str(value)
+    if not isinstance(value, str):
+        raise ValueError("a number, or a string that holds an expression, is needed")
+    text = value.rpartition("####")[2].strip()
+    answer = stated_expression(text) or text
+    if not re.search(r"\w", answer) and "\\" not in answer:
+        raise ValueError("no expression in it")
+    if answer.casefold() in ("n/a", "nan", "null"):
+        raise ValueError("it says that there is no answer")
+    if len(answer) > _LONGEST_ANSWER:
+        raise ValueError(
+            f"it has {len(answer)} characters, more than {_LONGEST_ANSWER}: give the answer alone"
+        )
+    return answer
 
 
 def _reference_string(reference: str) -> str:
