@@ -3,10 +3,14 @@ r"""What a text states as its answer: in a `\boxed{}`, behind `####`, or after "
 from __future__ import annotations
 
 import re
+from collections import deque
+from itertools import pairwise
 
 from qrpo_core.rewards.extract import Number, last_number, numbers
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*+(?:(\{)|([^\s{}$\\.,]))")
+#: Boxes that are looked at, from the end, and characters of one.
+_MOST_BOXES, _LONGEST_BOX = 20, 5000
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 #: What may stand between two boxes of one answer.
 _BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:\\(?:text|mbox)\{\s*)?(?:and|or)?\s*\}?[\s$,;]*")
@@ -61,8 +65,8 @@ def stated_answer(text: str) -> str | None:
     line behind the last `####`; else the line behind the last "answer is", "answer:" or a heading "Answer".
     An empty box is the empty answer.
     """
-    if (box := _boxed(text)) is not None:
-        return box
+    if (boxes := _boxed(text)) is not None:
+        return ", ".join(boxes)
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0].strip()
     found = None
@@ -76,12 +80,25 @@ def stated_answer(text: str) -> str | None:
     return line or None
 
 
+def stated_expressions(text: str) -> list[str]:
+    r"""What a text gives as its answer in mathematics, in the readings it allows; the first is the whole.
+
+    Of boxes that are joined by "and" or "or" the last one is a reading too: it is the box that counts, and one
+    before it gains nothing.
+    """
+    boxes = _boxed(text)
+    if boxes is not None:
+        return list(dict.fromkeys((", ".join(boxes), boxes[-1])))
+    found = stated_expression(text)
+    return [] if found is None else [found]
+
+
 def stated_expression(text: str) -> str | None:
     r"""The mathematics that a text gives as its answer; None where only its last number could be meant.
 
-    A box; else the formulas of what it states, or the few words of it without a formula; else the last formula
-    (`$...$`, `\(...\)`, `\[...\]`) of the text, if no number follows it. Formulas joined by "and", "or" or a
-    comma are one list. An empty box is the empty answer.
+    A box; else the formulas of what it states, or the few words of it without a formula; else the last
+    formula (`$...$`, `\(...\)`, `\[...\]`) of the text, if no number follows it. Formulas joined by "and",
+    "or" or a comma are one list. An empty box is the empty answer.
     """
     stated = stated_answer(text)
     if stated is not None and _BOX.search(text):
@@ -185,9 +202,10 @@ def _head_number(stated: str, *, whole: bool) -> Number | None:
     return found[0] if found else None
 
 
-def _boxed(text: str) -> str | None:
+def _boxed(text: str) -> list[str] | None:
+    """What stands in the last box and in those that are joined to it; [""] for a box that was cut or is empty."""
     boxes: list[tuple[int, int, str]] = []
-    for match in _BOX.finditer(text):
+    for match in deque(_BOX.finditer(text), maxlen=_MOST_BOXES):
         if match[2]:
             boxes.append((match.start(), match.end(), match[2]))
             continue
@@ -195,20 +213,19 @@ def _boxed(text: str) -> str | None:
         if end is not None and (not boxes or match.start() >= boxes[-1][1]):
             boxes.append((match.start(), end + 1, text[match.end() : end].strip()))
     if not boxes:
-        return "" if _BOX.search(text) else None  # a box that the length limit cut holds no answer
+        return [""] if _BOX.search(text) else None
     parts = [boxes[-1][2]]
-    for before, after in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
-        if not _BETWEEN_BOXES.fullmatch(text[before[1] : after[0]]):
+    for before, after in pairwise(reversed(boxes)):
+        if not _BETWEEN_BOXES.fullmatch(text[after[1] : before[0]]):
             break
-        if before[2] not in parts:
-            parts.insert(0, before[2])
-    return ", ".join(parts)
+        parts.insert(0, after[2])
+    return list(dict.fromkeys(parts))
 
 
 def _closing(text: str, start: int) -> int | None:
-    """The place of the brace that closes the one before `start`."""
+    """The place of the brace that closes the one before `start`, if the box is not longer than any answer."""
     depth = 1
-    for match in _BRACE.finditer(text, start):
+    for match in _BRACE.finditer(text, start, start + _LONGEST_BOX):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return match.start()

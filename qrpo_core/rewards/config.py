@@ -288,6 +288,13 @@ class RewardConfig(Section):
         "null: the reward sees the whole completion.",
     )
 
+    trust: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="number, exact, math, reasoning_gym, code: whether a run stops, before anything is "
+        "sampled, where a constant answer gets the full score or the right answer does not.",
+        json_schema_extra=Speed,
+    )
+
     @field_validator("thinking", mode="before")
     @classmethod
     def _one_pair(cls, value: Any) -> Any:
@@ -298,9 +305,10 @@ class RewardConfig(Section):
         own, needed = _OWN[self.kind]
         if self.thinking == ():
             raise ValueError("reward.thinking names no marks; write null for a reward that sees the thinking")
-        if self.kind == "weighted" and "thinking" in changed_fields(self):
-            raise ValueError("reward.thinking belongs to the terms of a weighted reward; set it in each term")
-        for field in sorted(changed_fields(self) - own - {"kind"}):
+        changed = changed_fields(self) - {"kind"}
+        for field in sorted(changed & {"thinking", "trust"} if self.kind == "weighted" else ()):
+            raise ValueError(f"reward.{field} belongs to the terms of a weighted reward; set it in each term")
+        for field in sorted(changed - own - {"trust"}):
             raise ValueError(f"reward.{field} does not belong to kind {self.kind!r}; remove it")
         for field in sorted(needed):
             if not getattr(self, field):

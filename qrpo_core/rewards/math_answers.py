@@ -66,7 +66,7 @@ _UNITS = {
 
 
 def normal(text: str) -> str:
-    r"""One spelling of an answer: macros of layout gone, `\text{}` in marks of its own, connectives as commas."""
+    r"""One spelling of an answer: no macros of layout, `\text{}` in marks of its own, "and" as a comma."""
     text = ascii_numbers(text).strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening):
@@ -193,10 +193,10 @@ def _equal(wanted: Reading, found: Reading) -> bool:
     if wanted.value == found.value:
         return True
     # A decimal stands for a fraction without an end where it has six digits of it.
-    pairs = [(wanted, found), (found, wanted)]
-    for exact, short in pairs:
+    for exact, short in ((wanted, found), (found, wanted)):
         if short.decimal and not exact.decimal and short.digits >= 6 and _endless(exact.value):
-            return abs(exact.value - short.value) <= abs(exact.value) / 10 ** (short.digits - 1)
+            limit = abs(exact.value) / 10 ** (short.digits - 1)
+            return bool(abs(exact.value - short.value) <= limit)
     return False
 
 

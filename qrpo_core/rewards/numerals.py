@@ -37,10 +37,10 @@ class Reading:
 
 
 def read(text: str) -> Reading | None:
-    r"""The number that a text begins with, as far as it is arithmetic: `-3`, `1,234.5`, `3e8`, `2\frac{1}{2}`.
+    r"""The number that a text begins with: `-3`, `1,234.5`, `3e8`, `2\frac{1}{2}` or other arithmetic.
 
-    Knows + - * / ^ ! and parentheses, `\frac` in all its spellings, and mixed numbers; `\times` and `\cdot` have
-    to be `*` by then. None where the text begins with anything else, or divides by zero.
+    Knows + - * / ^ ! and parentheses, `\frac` in all its spellings, and mixed numbers; `\times` and `\cdot`
+    have to be `*` by then. None where the text begins with anything else, or divides by zero.
     """
     reader = _Reader(text)
     try:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from qrpo_core.rewards import extract as reading
-from qrpo_core.rewards.answers import stated_expression, stated_number
+from qrpo_core.rewards.answers import stated_expression, stated_expressions, stated_number
 from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip, read_json
 from qrpo_core.rewards.math_answers import for_algebra, is_quantity, is_readable, same_answer
 from qrpo_core.rewards.worker import ScorerError, Worker, WorkerDied, WorkerTimeout
@@ -101,6 +101,9 @@ class ExactReward(RowReward):
 class ReasoningGymReward(RowReward):
     """The score that reasoning-gym's own scorer gives the extracted answer (0 to 1, partial ones included).
 
+    how : as `extract.extract`; null (default) takes what stands in the last `<answer>` tag, or without one as
+        many last lines as the entry's own answer has, a fence around them left out.
+
     Reference: a JSON object {"task", "parameters", "entry": {question, answer, metadata}}. An entry whose
     own answer does not score 1 is refused: its metadata did not survive JSON (tasks arc_agi and rearc).
 
@@ -111,7 +114,7 @@ class ReasoningGymReward(RowReward):
     _needs_reference = True
 
     def __init__(self, how: reading.Extract | None = None) -> None:
-        self._how: reading.Extract = how or "last_line"
+        self._how = how
         self._worker = Worker("reasoning_gym")
 
     def check_reference(self, reference: str) -> None:
@@ -123,10 +126,14 @@ class ReasoningGymReward(RowReward):
         _check_with(self._worker, reference)
 
     def score_row(self, request: RewardRequest) -> float | Score:
-        answer = reading.extract(request.text, self._how)
+        reference = request.reference or ""
+        if self._how is None:
+            answer = reading.extract(request.text, "answer_tag") or _last_lines(request.text, reference)
+        else:
+            answer = reading.extract(request.text, self._how)
         if answer is None:
             return 0.0
-        return _score_with(self._worker, request.reference or "", answer)
+        return _score_with(self._worker, reference, answer)
 
 
 class MathReward(RowReward):
@@ -157,21 +164,29 @@ class MathReward(RowReward):
     def score_row(self, request: RewardRequest) -> float | Score:
         wanted = self._wanted(request.reference or "")
         text = math_window(request.text)
-        answer = stated_expression(text)
-        if answer is None and is_quantity(wanted):
+        answers = stated_expressions(request.text if _has_box(request.text) else text)
+        if not answers and is_quantity(wanted):
             number = stated_number(text)
-            answer = number.text if number else text
-        if answer is None:
-            answer = text
-        if not answer.strip():
+            answers = [number.text if number else text]
+        for answer in answers or [text]:
+            score = self._compare(wanted, answer, stated=bool(answers))
+            if score != 0.0:
+                return score
+        return 0.0
+
+    def _compare(self, wanted: str, answer: str, *, stated: bool) -> float | Score:
+        """1 or 0 for an answer, or for a text that states none and is read by math-verify."""
+        if not answer.strip() or (stated and len(answer) > _LONGEST_ANSWER):
             return 0.0
-        if len(answer) <= _LONGEST_ANSWER:
-            verdict = same_answer(wanted, answer)
-            if verdict is not None:
-                return float(verdict)
-            if answer is not text:
-                answer = f"\\boxed{{{for_algebra(answer)}}}"
-        return _score_with(self._worker, for_algebra(wanted), reading.ascii_numbers(answer))
+        verdict = same_answer(wanted, answer) if len(answer) <= _LONGEST_ANSWER else None
+        if verdict is not None:
+            return float(verdict)
+        text = f"\\boxed{{{for_algebra(answer)}}}" if stated else reading.ascii_numbers(answer)
+        return _score_with(self._worker, for_algebra(wanted), text)
+
+
+def _has_box(text: str) -> bool:
+    return "\\boxed" in text or "\\fbox" in text
 
 
 def math_window(text: str) -> str:
@@ -242,6 +257,16 @@ def _is_entry(value: Any) -> bool:
     return False
 
 
+def _last_lines(text: str, reference: str) -> str | None:
+    """As many last lines of a text as the entry's own answer has."""
+    own = read_json(reference)["entry"]["answer"] or ""
+    lines = text.rstrip().splitlines()
+    if lines and lines[-1].strip().startswith("```"):
+        lines.pop()
+    answer = "\n".join(lines[-(own.strip().count("\n") + 1) :]).strip()
+    return answer or None
+
+
 def _check_with(worker: Worker, reference: str) -> None:
     try:
         worker.check(reference)
@@ -254,6 +279,8 @@ def _score_with(worker: Worker, reference: str, answer: str) -> float | Score:
         result: Any = worker.score(reference, answer)
     except WorkerTimeout as error:
         return Score(None, "timeout", str(error))
-    except (ScorerError, WorkerDied) as error:
+    except ScorerError as error:  # on free text most scorers raise where others say 0
+        return Score(0.0, "ok", clip(f"the scorer raised {error}"))
+    except WorkerDied as error:
         return Score(None, "parse_error", clip(str(error)))
     return float(result)

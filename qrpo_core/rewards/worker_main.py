@@ -120,7 +120,7 @@ def _exact_numeric_eq(one: Any, two: Any, float_rounding: int, numeric_precision
     Numbers without decimals in them are equal if they agree in 50 digits; with decimals, if they differ by at
     most 1e-6 and by at most that share of the larger.
     """
-    import sympy
+    import sympy  # type: ignore[import-untyped]
     from math_verify import grader
 
     matrices = any(isinstance(each, sympy.MatrixBase | sympy.MatrixExpr) for each in (one, two))
