@@ -18,7 +18,7 @@ _BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:\\(?:text|mbox)\{\s*)?(?:and|or)?\s*\}?
 _SAYS = re.compile(
     r"\banswers?\b[*_\s]*+(?:\([^()\n]{0,40}\)\s?)?(?:(?:is|are|=)\b|[:=])[:=*_ \t]*+", re.IGNORECASE
 )
-_HEADING = re.compile(r"^[#*_\s]*+(?:the\s)?(?:final\s)?answers?[*_:\s]*+$", re.IGNORECASE | re.MULTILINE)
+_HEADING = re.compile(r"^[#*_ \t]*+(?:the\s)?(?:final\s)?answers?[*_: \t]*+$", re.IGNORECASE | re.MULTILINE)
 
 #: Words that may stand between "the answer is" and its number.
 _HEAD = re.compile(
@@ -83,8 +83,8 @@ def stated_answer(text: str) -> str | None:
 def stated_expressions(text: str) -> list[str]:
     r"""What a text gives as its answer in mathematics, in the readings it allows; the first is the whole.
 
-    Of boxes that are joined by "and" or "or" the last one is a reading too: it is the box that counts, and one
-    before it gains nothing.
+    Of boxes that are joined by "and" or "or" the last one is a reading too: it is the box that counts, and
+    one before it gains nothing.
     """
     boxes = _boxed(text)
     if boxes is not None:

@@ -188,7 +188,7 @@ def _answer(config: RewardConfig, reference: str) -> str | None:
 
 def _completion(config: RewardConfig, answer: str | None) -> str | None:
     """A completion that gives this answer as the extraction asks for it, behind a line of its own."""
-    if answer is None or config.extract == "whole":
+    if answer is None or config.extract == "whole" or (config.kind == "exact" and config.extract is None):
         return answer
     if config.kind == "math" and "\\boxed" not in answer:
         answer = f"So it is $\\boxed{{{answer.strip('$')}}}$."
