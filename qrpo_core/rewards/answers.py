@@ -203,7 +203,7 @@ def _head_number(stated: str, *, whole: bool) -> Number | None:
 
 
 def _boxed(text: str) -> list[str] | None:
-    """What stands in the last box and in those that are joined to it; [""] for a box that was cut or is empty."""
+    """What stands in the last box and those joined to it; "" for a box that was cut or is empty."""
     boxes: list[tuple[int, int, str]] = []
     for match in deque(_BOX.finditer(text), maxlen=_MOST_BOXES):
         if match[2]:

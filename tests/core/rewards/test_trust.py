@@ -1,4 +1,4 @@
-"""A reward is tried on constants, on other prompts' answers and on the right answer before anything is spent."""
+"""A reward is tried on constants, other prompts' answers and the right answer before a run."""
 
 from __future__ import annotations
 
