@@ -41,7 +41,7 @@ MATH = [
     ("840", "could be \\boxed{840}.,but let me explain.\n\n**Final Answer**\n\\boxed{840}", 1),
     (
         "4",
-        "So \\boxed{004}.\n\nBut check: 2,552,004. So \\boxed{004} is right.\n\n**Final Answer**\n\\boxed{004}",
+        "So \\boxed{004}.\n\nBut 2,552,004. So \\boxed{004} is right.\n\n**Final Answer**\n\\boxed{004}",
         1,
     ),
     (
