@@ -266,10 +266,14 @@ class RewardConfig(Section):
         description="What gives the reward. The other fields begin with the kinds that they belong to.",
     )
     extract: Literal["whole", "last_line", "last_number", "last_integer", "answer_tag"] | None = Field(
-        None, description="exact, number, reasoning_gym: which part of the completion is the answer."
+        None,
+        description="exact, number, reasoning_gym: which part of the completion is the answer; null: the "
+        "kind's own rule.",
     )
-    tolerance: NonNegativeFloat = Field(
-        1e-6, description="number: largest absolute difference that is equal."
+    tolerance: NonNegativeFloat | None = Field(
+        None,
+        description="number: largest absolute difference that is equal; null: 1e-6, and at most a thousandth "
+        "of the reference.",
     )
     min_words: Annotated[int, Field(ge=0)] = Field(0, description="length: fewest words.")
     max_words: PositiveInt | None = Field(None, description="length: most words.")
@@ -284,6 +288,13 @@ class RewardConfig(Section):
         "null: the reward sees the whole completion.",
     )
 
+    trust: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="number, exact, math, reasoning_gym, code: whether a run stops, before anything is "
+        "sampled, where a constant answer gets the full score or the right answer does not.",
+        json_schema_extra=Speed,
+    )
+
     @field_validator("thinking", mode="before")
     @classmethod
     def _one_pair(cls, value: Any) -> Any:
@@ -294,9 +305,10 @@ class RewardConfig(Section):
         own, needed = _OWN[self.kind]
         if self.thinking == ():
             raise ValueError("reward.thinking names no marks; write null for a reward that sees the thinking")
-        if self.kind == "weighted" and "thinking" in changed_fields(self):
-            raise ValueError("reward.thinking belongs to the terms of a weighted reward; set it in each term")
-        for field in sorted(changed_fields(self) - own - {"kind"}):
+        changed = changed_fields(self) - {"kind"}
+        for field in sorted(changed & {"thinking", "trust"} if self.kind == "weighted" else ()):
+            raise ValueError(f"reward.{field} belongs to the terms of a weighted reward; set it in each term")
+        for field in sorted(changed - own - {"trust"}):
             raise ValueError(f"reward.{field} does not belong to kind {self.kind!r}; remove it")
         for field in sorted(needed):
             if not getattr(self, field):

@@ -10,14 +10,15 @@ from qrpo_core.errors import ConfigError
 from qrpo_core.rewards.base import CheckedReward, ReferenceProblem, Reward, refuse
 from qrpo_core.rewards.config import RewardConfig, reward_fields
 from qrpo_core.rewards.thinking import AnswerOnly
+from qrpo_core.rewards.trust import Doubt, doubts, terms
 
 #: The version of each scorer of ours, raised by hand when it would score any row differently. What all of
 #: them share (reading of numbers, extraction, limits) counts as a change of every scorer that uses it.
 SCORER_VERSIONS = {
-    "number": 1,
-    "exact": 1,
-    "reasoning_gym": 1,
-    "math": 1,
+    "number": 2,
+    "exact": 2,
+    "reasoning_gym": 2,
+    "math": 2,
     "sentiment": 1,
     "length": 1,
     "weighted": 1,
@@ -74,6 +75,26 @@ def refuse_references(config: RewardConfig, references: Iterable[tuple[str, str 
         refuse(reward, references)
     finally:
         reward.close()
+
+
+def reward_doubts(
+    config: RewardConfig, references: Iterable[tuple[str, str | None]]
+) -> list[tuple[str, RewardConfig, Doubt]]:
+    """Why not to trust a reward, or the terms of a sum: see `rewards.trust`, which tries it on a few prompts.
+
+    references : (prompt_id, reference) pairs that `check_references` has nothing against.
+    Returns the place in the experiment, the section there and the doubt. No kind that is looked at costs more
+    than a few seconds.
+    """
+    pairs = list(references)
+    found = []
+    for place, section in terms(config):
+        reward = _build(section)
+        try:
+            found += [(place, section, doubt) for doubt in doubts(section, reward, pairs)]
+        finally:
+            reward.close()
+    return found
 
 
 def reward_identity(config: RewardConfig) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 from collections.abc import Callable
-from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +23,8 @@ WALL_SECONDS = 30
 #: Address space of the process; beyond it a scorer meets MemoryError.
 MEMORY_BYTES = 4 << 30
 
-_LATEX_SIGNS = ("$", "\\(", "\\[", "\\boxed")
+#: math-verify's own comparison of numbers, once it is replaced.
+_LIBRARY_NUMERIC_EQ: list[Callable[[Any, Any, int, int], bool]] = []
 
 
 def main() -> None:
@@ -70,8 +70,11 @@ def _limit(which: int, soft: int) -> None:
 @lru_cache
 def _scorer(kind: str) -> tuple[Callable[[str], object], Callable[[str, str], float]]:
     if kind == "math":
-        import math_verify  # noqa: F401  (its import is not a row's time)
+        from math_verify import grader
 
+        if not _LIBRARY_NUMERIC_EQ:
+            _LIBRARY_NUMERIC_EQ.append(grader.sympy_numeric_eq)
+            grader.sympy_numeric_eq = _exact_numeric_eq
         return _gold, _math_score
     import reasoning_gym  # noqa: F401
 
@@ -80,16 +83,10 @@ def _scorer(kind: str) -> tuple[Callable[[str], object], Callable[[str, str], fl
 
 @lru_cache(maxsize=4096)
 def _gold(reference: str) -> list[Any]:
-    """The reference as math-verify's expressions; ValueError where it finds none."""
+    """The reference, an answer in LaTeX, as math-verify's expressions; ValueError where it finds none."""
     from math_verify import parse
 
-    value = json.loads(reference, parse_int=str, parse_float=_plain_float)
-    if not isinstance(value, str):
-        raise ValueError("a number, or a string that holds an expression, is needed")
-    text = value.rpartition("####")[2].strip()
-    if not any(sign in text for sign in _LATEX_SIGNS):
-        text = f"\\boxed{{{text}}}"
-    found = parse(text, parsing_timeout=None, raise_on_error=True)
+    found = parse(f"\\boxed{{{reference}}}", parsing_timeout=None, raise_on_error=True)
     if all(isinstance(expression, str) for expression in found):
         raise ValueError("math-verify finds no expression in it")
     return list(found)
@@ -108,6 +105,8 @@ def _math_score(reference: str, text: str) -> float:
             try:
                 if verify(wanted, candidate, timeout_seconds=None, raise_on_error=True):
                     return 1.0
+                if _equal_functions(wanted, candidate):
+                    return 1.0
             except Exception as error:
                 failed = error
     if failed is not None:
@@ -115,9 +114,56 @@ def _math_score(reference: str, text: str) -> float:
     return 0.0
 
 
-def _plain_float(text: str) -> str:
-    """Without an exponent, whose letter would be read as Euler's number."""
-    return f"{Decimal(text):f}"
+def _exact_numeric_eq(one: Any, two: Any, float_rounding: int, numeric_precision: int) -> bool:
+    """In place of math-verify's comparison, which calls numbers equal that differ by less than 5e-7.
+
+    Numbers without decimals in them are equal if they agree in 50 digits; with decimals, if they differ by at
+    most 1e-6 and by at most that share of the larger.
+    """
+    import sympy  # type: ignore[import-untyped]
+    from math_verify import grader
+
+    matrices = any(isinstance(each, sympy.MatrixBase | sympy.MatrixExpr) for each in (one, two))
+    if matrices or any(grader.get_pct_val(each) is not None for each in (one, two)):
+        return bool(_LIBRARY_NUMERIC_EQ[0](one, two, float_rounding, numeric_precision))
+    one, two = grader.safe_sympy_doit(one), grader.safe_sympy_doit(two)
+    if one == two:
+        return True
+    if one.free_symbols or two.free_symbols:
+        return False
+    left, right = one.evalf(60), two.evalf(60)
+    gap, size = abs(left - right), max(abs(left), abs(right))
+    if not (gap.is_number and gap.is_finite):
+        return False
+    if one.has(sympy.Float) or two.has(sympy.Float):
+        return bool(gap <= 1e-6 and gap <= size * sympy.Float("1e-6", 60))
+    return bool(gap <= size * sympy.Float("1e-50", 60))
+
+
+def _equal_functions(one: Any, two: Any) -> bool:
+    """Whether two expressions in the same variables agree wherever both are real, judged at eight places.
+
+    Tells sqrt(1/n) and 1/sqrt(n) equal, which differ as functions of a complex n, and |x| from x.
+    """
+    import sympy
+
+    if not all(isinstance(each, sympy.Expr) for each in (one, two)):
+        return False
+    names, others = (sorted(each.free_symbols, key=str) for each in (one, two))
+    if not names or len(names) > 4 or list(map(str, names)) != list(map(str, others)):
+        return False
+    agreed = 0
+    for shift in range(1, 9):
+        places = [sympy.Rational(7 * shift + 3 * k, 5 + k) * (-1) ** (shift >> k) for k in range(len(names))]
+        left = one.subs(list(zip(names, places, strict=True))).evalf(30)
+        right = two.subs(list(zip(others, places, strict=True))).evalf(30)
+        if not (left.is_number and right.is_number) or left.is_real is not right.is_real:
+            return False
+        if left.is_real:
+            if abs(left - right) > abs(left) * sympy.Float("1e-20", 30):
+                return False
+            agreed += 1
+    return agreed >= 3
 
 
 def _read_entry(reference: str) -> tuple[Any, dict[str, Any]]:

@@ -20,7 +20,7 @@ def weighted(*rewards: dict) -> RewardConfig:
 def test_identity_holds_the_versions_of_what_is_used_at_any_depth() -> None:
     inner = weighted({"kind": "math"}).model_dump()
     identity = reward_identity(weighted({"kind": "sentiment"}, {k: inner[k] for k in ("kind", "terms")}))
-    assert identity["scorers"] == {"math": 1, "sentiment": 1, "weighted": 1}
+    assert identity["scorers"] == {"math": 2, "sentiment": 1, "weighted": 1}
     assert set(identity["libraries"]) == {
         "vaderSentiment",
         "math-verify",

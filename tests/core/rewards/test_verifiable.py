@@ -244,13 +244,13 @@ def test_reasoning_gym_with_an_extraction_that_a_chatty_model_can_meet(
     assert by_line.score([request(f"Let me see.\n{answer}\n", reference)]) == [Score(1.0)]
 
 
-def test_a_scorer_that_raises_is_a_parse_error_with_its_message(
+def test_a_scorer_that_raises_says_wrong_and_keeps_its_message(
     entries: dict[str, list[tuple[str, dict]]],
 ) -> None:
     _, reference = entries["prime_factorization"][0]
     (score,) = reasoning_gym_reward().score([request("x × y", reference)])
-    assert (score.reward, score.status) == (None, "parse_error")
-    assert score.detail.startswith("ValueError: invalid literal for int()")
+    assert (score.reward, score.status) == (0.0, "ok")
+    assert score.detail.startswith("the scorer raised ValueError: invalid literal for int()")
 
 
 def test_an_entry_whose_metadata_did_not_survive_json_is_refused(
