@@ -209,7 +209,8 @@ def _score(value: Any) -> Score:
     match value:
         case None:
             return Score(None, "parse_error", "the function gave no score")
-        case (None, str() as reason):
+        # Not any sequence: from numpy 2.5 on an array is one, and one without dimensions has no length.
+        case tuple((None, str() as reason)) | list((None, str() as reason)):
             return Score(None, "parse_error", clip(f"the function gave no score: {reason}"))
         case str() | bytes():
             return Score(None, "parse_error", clip(f"the function gave the text {value!r}, not a number"))
