@@ -214,4 +214,5 @@ def _score(value: Any) -> Score:
             return Score(None, "parse_error", clip(f"the function gave no score: {reason}"))
         case str() | bytes():
             return Score(None, "parse_error", clip(f"the function gave the text {value!r}, not a number"))
-    return guarded(lambda: float(value))
+    number: Any = value
+    return guarded(lambda: float(number))
