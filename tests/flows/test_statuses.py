@@ -48,7 +48,7 @@ def experiment(
             },
             "sampling": {"engine": "fake", "max_new_tokens": 4},
             "reward": reward,
-            "training_data": {"mode": "offline", "references": "offline"},
+            "training_data": {"mode": "offline", "references": "offline", "min_scored": 0.3},
             "training": {"precision": "fp32", "batch_size": 16},
             "evaluation": {"samples_per_prompt": 1, "resamples": 100},
             "store": {"path": str(folder / "store")},
