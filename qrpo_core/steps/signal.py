@@ -33,7 +33,7 @@ def status_facts(rewards: pa.Table) -> dict[str, dict[str, Any]]:
 
 
 def remarked(rewards: pa.Table) -> dict[str, int]:
-    """How many REWARDS rows were graded without an answer: thinking that does not end, a scorer that raised."""
+    """How many REWARDS rows are wrong for want of an answer: endless thinking, a scorer that raised."""
     details = rewards.filter(pc.equal(rewards["status"], "ok"))["detail"]
     return {
         "unfinished_thinking": pc.sum(pc.equal(details, UNFINISHED)).as_py() or 0,
