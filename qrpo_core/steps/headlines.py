@@ -94,7 +94,7 @@ def graded_without_an_answer(finished: Finished) -> Iterator[Headline]:
         "scorer_raised": "made the scorer raise and count as wrong",
     }
     for where, made in _rounds(finished):
-        total = made.quantiles.facts["rows"]
+        total = sum(each["count"] for each in made.quantiles.facts.get("statuses", {}).values())
         for name, count in made.quantiles.facts.get("remarked", {}).items():
             if count:
                 severity: Severity = "warning" if count > total / 2 else "note"
