@@ -22,6 +22,9 @@ _MISSING = (
     "name the column in prompts.reference_field, or choose a reward that needs none",
 )
 
+#: How the detail of a row begins that is wrong because a library's scorer raised on it.
+SCORER_RAISED = "the scorer raised"
+
 #: Longest detail that a score carries; an exception may quote the whole completion.
 DETAIL_LENGTH = 300
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from qrpo_core.rewards import extract as reading
 from qrpo_core.rewards.answers import stated_expression, stated_expressions, stated_number
-from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip, read_json
+from qrpo_core.rewards.base import SCORER_RAISED, RewardRequest, RowReward, Score, clip, read_json
 from qrpo_core.rewards.math_answers import for_algebra, is_quantity, is_readable, same_answer
 from qrpo_core.rewards.worker import ScorerError, Worker, WorkerDied, WorkerTimeout
 
@@ -280,7 +280,7 @@ def _score_with(worker: Worker, reference: str, answer: str) -> float | Score:
     except WorkerTimeout as error:
         return Score(None, "timeout", str(error))
     except ScorerError as error:  # on free text most scorers raise where others say 0
-        return Score(0.0, "ok", clip(f"the scorer raised {error}"))
+        return Score(0.0, "ok", clip(f"{SCORER_RAISED} {error}"))
     except WorkerDied as error:
         return Score(None, "parse_error", clip(str(error)))
     return float(result)

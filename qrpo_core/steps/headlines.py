@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qrpo_core.config import Experiment
-from qrpo_core.evaluation.headlines import Headline, in_order
+from qrpo_core.evaluation.headlines import Headline, Severity, in_order
 from qrpo_core.evaluation.metrics import EvaluationResult
 from qrpo_core.evaluation.saved import drawn_caution
 from qrpo_core.evaluation.summary import FEW_FAILED, percent
@@ -86,6 +86,21 @@ def unscored_rows(finished: Finished) -> Iterator[Headline]:
                 yield Headline("warning", text)
 
 
+def graded_without_an_answer(finished: Finished) -> Iterator[Headline]:
+    """Completions that count as wrong because thinking did not end, or a library's scorer raised on them."""
+    said = {
+        "unfinished_thinking": "end while still thinking: an empty answer was graded. Raise "
+        "sampling.max_new_tokens",
+        "scorer_raised": "made the scorer raise and count as wrong",
+    }
+    for where, made in _rounds(finished):
+        total = sum(each["count"] for each in made.quantiles.facts.get("statuses", {}).values())
+        for name, count in made.quantiles.facts.get("remarked", {}).items():
+            if count:
+                severity: Severity = "warning" if count > total / 2 else "note"
+                yield Headline(severity, f"{count:,} of {total:,} training completions{where} {said[name]}.")
+
+
 def tied_prompts(finished: Finished) -> Iterator[Headline]:
     """How many prompts taught nothing, where they are most of them."""
     for where, made in _rounds(finished):
@@ -123,6 +138,7 @@ _SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (
     trained_on,
     contradicted_labels,
     unscored_rows,
+    graded_without_an_answer,
     tied_prompts,
     cut,
     drawn_from_another,

@@ -94,7 +94,12 @@ def build(workspace: Workspace, asked: Recipe, rewards: Rewards, references: Rew
         chosen = select(data, table, others, offline=offline)
         failed = "; ".join(filter(None, (signal.unscored(each) for each in statuses.values())))
         counts, reference_rewards, pairs, facts = rank(chosen, failed)
-        facts |= statuses | {"preference": data.preference} | cut_facts(experiment, table, others)
+        facts |= (
+            statuses
+            | {"remarked": signal.remarked(table)}
+            | {"preference": data.preference}
+            | cut_facts(experiment, table, others)
+        )
         facts["prompts_left_out"] = completions.prompts.num_rows - facts["prompts"]
         files: dict[str, Path | bytes] = {
             "rank_counts.parquet": to_bytes(counts, RANK_COUNTS, "rank counts"),

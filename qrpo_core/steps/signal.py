@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from qrpo_core.config import Experiment
 from qrpo_core.errors import ObjectiveError
-from qrpo_core.rewards.base import clip
+from qrpo_core.rewards.base import SCORER_RAISED, clip
+from qrpo_core.rewards.thinking import UNFINISHED
 
 #: Longest detail that an error quotes of a status.
 _DETAIL = 200
@@ -29,6 +30,15 @@ def status_facts(rewards: pa.Table) -> dict[str, dict[str, Any]]:
         (detail, times), *_ = Counter(details.to_pylist()).most_common(1)
         found[row["values"]] = {"count": row["counts"], "detail": detail, "times": times}
     return found
+
+
+def remarked(rewards: pa.Table) -> dict[str, int]:
+    """How many REWARDS rows are wrong for want of an answer: endless thinking, a scorer that raised."""
+    details = rewards.filter(pc.equal(rewards["status"], "ok"))["detail"]
+    return {
+        "unfinished_thinking": pc.sum(pc.equal(details, UNFINISHED)).as_py() or 0,
+        "scorer_raised": pc.sum(pc.starts_with(details, SCORER_RAISED)).as_py() or 0,
+    }
 
 
 def unscored(statuses: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from qrpo_core.rewards.thinking import UNFINISHED
 from qrpo_core.steps.blocks import RewardStep
+from qrpo_core.steps.signal import remarked
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -32,6 +33,7 @@ def test_an_answer_cut_while_the_template_has_the_thinking_open(
     )
     rewards = chain.first.rewards
     assert isinstance(rewards, RewardStep)
+    assert remarked(rewards.read())["unfinished_thinking"] == (rewards.read().num_rows if unfinished else 0)
     rows = rewards.read().to_pylist()
     assert rows
     assert {row["detail"] for row in rows} == {UNFINISHED if unfinished else ""}

@@ -10,7 +10,7 @@ import pytest
 
 from qrpo_core import preflight
 from qrpo_core.data.unusable import UnusableError
-from qrpo_core.errors import DataError, MissingError
+from qrpo_core.errors import ConfigError, DataError, MissingError
 from qrpo_core.explain import explain
 from qrpo_core.inventory.uses import known_chain
 from qrpo_core.plan import plan
@@ -262,3 +262,16 @@ def test_what_was_looked_at_once_is_not_looked_at_again(
     monkeypatch.undo()
     with pytest.raises(UnusableError, match=r"sampling.max_new_tokens 510 exceed 512"):
         preflight.check(Workspace(longer))
+
+
+def test_a_reward_that_pays_for_a_constant_is_refused_before_anything_is_sampled(
+    steps: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    lines = [json.dumps({"prompt": f"Is {n} odd?", "answer": "yes"}) + "\n" for n in range(12)]
+    (tmp_path / "questions.jsonl").write_text("".join(lines))
+    exact = {**settings, "reward": {"kind": "exact"}}
+    with pytest.raises(ConfigError, match=r"exact \[reward\].*constant answer 'yes' on 12 of 12"):
+        preflight.check(Workspace(steps.changed(exact)))
+    warned = {**settings, "reward": {"kind": "exact", "trust": "warn"}}
+    with pytest.warns(UserWarning, match="constant answer 'yes'"):
+        preflight.check(Workspace(steps.changed(warned)))
