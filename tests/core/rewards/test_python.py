@@ -190,8 +190,11 @@ def test_a_function_that_fails_on_every_row_names_its_own_error_and_line(write: 
 
 def test_a_wrong_signature_is_a_functions_own_error(write: Write) -> None:
     write("def score(prompts, completions): return [1.0] * len(completions)\n")
-    with pytest.raises(ConfigError, match=r"TypeError: score\(\) missing 1 required positional argument"):
+    with pytest.raises(
+        ConfigError, match=r"TypeError: score\(\) missing 1 required positional argument"
+    ) as caught:
         reward().score([row("a", index) for index in range(2)])
+    assert caught.value.where == "reward.python.function 'mine:score'"
 
 
 def test_leaving_the_process_is_a_failure_of_the_row(write: Write) -> None:
