@@ -104,8 +104,8 @@ class PythonReward:
     def _broken(self, rows: int) -> ConfigError:
         """What to say of a function that has raised on every row: its error, and where it arose."""
         error = self._raised
-        frames = traceback.extract_tb(None if error is None else error.__traceback__)
-        frames = [each for each in frames if each.filename != __file__]  # the call itself tells nothing
+        trace = traceback.extract_tb(None if error is None else error.__traceback__)
+        frames = [each for each in trace if each.filename != __file__]  # the call itself tells nothing
         said = clip(f"{type(error).__name__}: {error}")
         place = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         return ConfigError(
