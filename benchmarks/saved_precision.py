@@ -1,6 +1,6 @@
 """What is left of a training in bfloat16: rounded to the nearest, and at random as this project does.
 
-    python benchmarks/saved_precision.py [--steps 10] [--output benchmarks/results/saved_precision.json]
+    python benchmarks/saved_precision.py [--steps 8] [--output benchmarks/results/saved_precision.json]
 
 SmolLM2-135M-Instruct (the demo's model, its weights on the bfloat16 grid) is trained by `train_policy` on
 pieces of this project's documents, every second one to become more probable, the others less, at three
@@ -35,7 +35,7 @@ from qrpo_core.train.survival import float32_logprobs, survival
 
 ROOT = Path(__file__).parents[1]
 RATES = (1e-6, 1e-5, 1e-4)
-BATCH, LENGTH, BETA, SCORED = 8, 24, 0.1, 32
+BATCH, LENGTH, BETA, SCORED = 8, 24, 0.1, 24
 CPU = torch.device("cpu")
 
 
@@ -105,7 +105,7 @@ def at_rate(rate: float, folder: Path, rows: list[Example], unseen: list[Example
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     given = parser.parse_args()
     head = about("what survives of a training in bfloat16", goals={"share": "0.9 or more on trained rows"})
     folder = smollm2()

@@ -3,7 +3,7 @@
 A weight near 0.1 has a bfloat16 grid of 5e-4, and a training at the usual learning rates moves it by less.
 The nearest grid value is then the one that it started from: at 1e-6 nine tenths of the training and more are
 lost. Rounded up with the probability that the distance to the grid value below says, a weight is right in the
-mean, and so are the log-probs (measured: benchmarks/saved_precision.py).
+mean, and so are the log-probs (measured: benchmarks/results/saved_precision.json).
 """
 
 from __future__ import annotations

@@ -79,3 +79,16 @@ def test_the_table_of_faults_is_the_benchmarks() -> None:
     assert {each["back_end"] for each in outcomes} == {"directory", "S3"}
     assert all(each["lost"] == each["wrong"] == 0 for each in outcomes)
     assert all(each["twice"] == each["in_flight"] + each["destroyed"] for each in outcomes)
+
+
+def test_the_table_of_rounded_policies_is_the_benchmarks() -> None:
+    rates = json.loads((ROOT / "benchmarks" / "results" / "saved_precision.json").read_text())["rates"]
+    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    assert [each["learning_rate"] for each in rates] == [1e-6, 1e-5, 1e-4]
+    for each in rates:
+        share, off = (each["trained_rows"][name] for name in ("share", "noise_nats"))
+        cells = [f"{100 * share[way]:.1f} %, {off[way]:.3g} nats off" for way in ("nearest", "stochastic")]
+        exponent = f"{each['learning_rate']:.0e}".replace("e-0", "e-")
+        ratio = each["trained_rows"]["mean_log_ratio_nats"]
+        assert f"| {exponent} | {ratio:.3g} | {cells[0]} |" in text
+        assert abs(share["stochastic"] - 1) <= 0.1, "what is shipped keeps the training"
