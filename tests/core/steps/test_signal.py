@@ -111,11 +111,20 @@ def test_the_contradicted_share_is_of_pairs_that_the_reward_tells_apart(
     assert (problem is not None) == (share is not None and share > 0.5)
 
 
-def finished(found: dict[str, Any], *, kind: str = "qrpo", truncated: int = 0, cut: float = 0.0) -> Finished:
+def finished(
+    found: dict[str, Any],
+    *,
+    kind: str = "qrpo",
+    truncated: int = 0,
+    cut: float = 0.0,
+    share: float | None = 1.0,
+) -> Finished:
     """What a run of one round made, as far as headlines look at it."""
     made = SimpleNamespace(
         quantiles=SimpleNamespace(facts=found | {"cut": {"completions": {"cut": truncated, "of": 9}}}),
-        train=SimpleNamespace(facts={"rows": 3, "diagnostics": {"objective": kind}}),
+        train=SimpleNamespace(
+            facts={"rows": 3, "diagnostics": {"objective": kind}, "saved": {"share": share}}
+        ),
     )
     evaluation = SimpleNamespace(after=SimpleNamespace(truncation_rate=cut))
     return Finished(asked(), SimpleNamespace(), (made,), evaluation)  # type: ignore[arg-type]
@@ -136,6 +145,13 @@ def finished(found: dict[str, Any], *, kind: str = "qrpo", truncated: int = 0, c
 )
 def test_the_objective_and_its_items_are_named(kind: str, found: dict[str, Any], text: str) -> None:
     assert [str(each) for each in headlines(finished(facts([("ok", "")], **found), kind=kind))] == [text]
+
+
+def test_a_training_that_moved_nothing_is_a_warning() -> None:
+    first, *_ = headlines(finished(facts([("ok", "")]), share=None))
+    assert str(first).startswith(
+        "Warning: Training moved nothing that float32 shows: raise training.learning"
+    )
 
 
 def test_what_makes_a_result_doubtful_stands_first() -> None:
