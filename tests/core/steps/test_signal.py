@@ -83,12 +83,18 @@ def test_too_few_rows_with_a_reward_stop(least: float, stops: bool) -> None:
         text = str(problem)
         assert "2 of 6 training completions have a reward (33.3%)" in text
         assert "endpoint_error 4 (4 times: HTTP 401: wrong key)" in text
+        assert (
+            ": run again (rows with endpoint_error are asked for again, up to store.tries times), mend"
+            in text
+        )
         assert "\n" not in text
 
 
 def test_references_count_as_completions_do() -> None:
     found = facts([("ok", "")], reference_statuses=signal.status_facts(rewards([("too_long", "9 > 8")] * 3)))
-    assert "0 of 3 references have a reward (0.0%)" in str(signal.nothing_to_learn(asked(), found))
+    text = str(signal.nothing_to_learn(asked(), found))
+    assert "0 of 3 references have a reward (0.0%)" in text
+    assert ": mend the reward, or lower" in text  # too_long does not pass: another run would not ask again
 
 
 @pytest.mark.parametrize(
