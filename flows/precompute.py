@@ -12,7 +12,7 @@ from qrpo_core.steps.chain import stored_chain
 from tasks.events import PRECOMPUTED, tell
 from tasks.names import run_name
 from tasks.pool import compute_on
-from tasks.rounds import check_rows, prepare
+from tasks.rounds import check_rows, prepare, refuse
 from tasks.stages import Stage, make, workspace_of
 from tasks.tables import publish_plan, publish_stages
 
@@ -24,6 +24,8 @@ def precompute(
     then: Literal["stop", "train", "train, evaluate"] = "stop",
 ) -> list[Stage]:
     """Everything before training. Only what the store lacks is computed; raise the budget and run again.
+
+    Rewards from which nothing can be learned fail it, before log-probs are bought for them.
 
     Args:
         experiment: What to compute.
@@ -44,5 +46,6 @@ def precompute(
     with compute_on(pool) as compute:
         stages += prepare(workspace, stored_chain(workspace).first, compute)
     publish_stages(stages)
+    refuse(stored_chain(workspace).first.renamed())
     tell(PRECOMPUTED, experiment, then)
     return stages

@@ -64,10 +64,13 @@ class SeenRuns(logging.Handler):
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Whether the console shows it. Not a QRPOError or Ctrl-C: the flow raises them, and its caller has one
-    line for it where Prefect has several, or a traceback, for the task and for every flow around it."""
+    """Whether the console shows it. Not a QRPOError, an error of the server, or Ctrl-C: the flow raises them,
+    and its caller has one line for it where Prefect has several, or a traceback, for the task and for every
+    flow around it."""
+    import httpx
+
     if not record.name.startswith(("prefect.flow_runs", "prefect.task_runs")):
         return True
-    told = isinstance((record.exc_info or (None, None))[1], QRPOError)
+    told = isinstance((record.exc_info or (None, None))[1], (QRPOError, httpx.HTTPError))
     ended = ("Finished in state", "Crash detected! Execution was aborted by an interrupt")
     return not (told or record.getMessage().startswith(ended))

@@ -38,6 +38,7 @@ from flows.gc_thread import collect_in_a_thread
 from flows.seen_runs import SeenRuns
 from qrpo_core.die_with_parent import die_with_parent
 from qrpo_core.errors import ConfigError, QRPOError
+from tasks.interrupts import interrupted
 
 #: What a Prefect server of ours is started with, unless the environment says otherwise. Batches (default 1)
 #: cut its lag behind 2,000 tasks from 57 s to 7 s; a batch that is not full waits for the flush interval
@@ -213,7 +214,8 @@ def prefect_server(server: PrefectServer | None = None, *, settle: float = 15.0)
 
         # Nothing listens for heartbeats, and each flow run would wait up to a second for their thread.
         own: dict[Any, Any] = {"api.url": server.url, "flows.heartbeat_frequency": None}
-        with temporary_settings(updates=own if server.own else {}), server.seen.watching():
+        settings = temporary_settings(updates=own if server.own else {})
+        with settings, server.seen.watching(), _failures_told(server.url):
             try:
                 yield server
             finally:
@@ -221,6 +223,26 @@ def prefect_server(server: PrefectServer | None = None, *, settle: float = 15.0)
                     _logger.warning("the Prefect server may not show how every task of this run ended")
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def _failures_told(url: str) -> Iterator[None]:
+    """Make a QRPOError of a failure of the server at `url`, or of the network before it, within the block."""
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPError as error:
+        request = getattr(error, "_request", None)  # `error.request` raises where there is none
+        if request is None or not str(request.url).startswith(url) or interrupted(error):
+            raise
+        answer = getattr(error, "response", None)
+        said = f"status {answer.status_code}" if answer is not None else repr(error)
+        raise QRPOError(
+            f"the Prefect server at {url} failed ({said})",
+            where=f"{request.method} {request.url.path}",
+            remedy="look at its log and run again: what was committed stays; SQLite serves one run at a time",
+        ) from error
 
 
 def ask(url: str, patience: float = 30.0) -> Exception | None:

@@ -9,7 +9,7 @@ from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
 from tasks.blocks import Compute, fill, in_this_run, mended
-from tasks.progress import announce_problem, stage_progress
+from tasks.progress import stage_progress
 from tasks.stages import Stage, make
 
 
@@ -26,7 +26,11 @@ def check_rows(workspace: Workspace, asked: Recipe) -> Stage:
 
 
 def prepare(workspace: Workspace, round_: Round, compute: Compute = in_this_run) -> list[Stage]:
-    """Everything of a round before its training. compute : who computes its missing rows."""
+    """Everything of a round before its training. compute : who computes its missing rows.
+
+    Where the rewards say nothing that could be learned it ends with the rank counts: no log-probs are bought
+    for a training that `refuse` refuses.
+    """
     return mended(lambda: _prepare(workspace, round_, compute))
 
 
@@ -35,18 +39,22 @@ def _prepare(workspace: Workspace, round_: Round, compute: Compute) -> list[Stag
     stages = [fill(workspace, step, compute) for step in round_.row_steps]
     round_ = round_.renamed()  # by what the rewards have become
     stages.append(make(workspace, label("quantiles"), round_.quantiles, round_.build_quantiles))
-    if (problem := round_.nothing_to_learn()) is not None:
-        announce_problem(f"no log-probs are bought, since training would be refused: {problem.message}")
+    if round_.nothing_to_learn() is not None:
         return stages
     stages.append(fill(workspace, round_.logprobs, compute))
     stages.append(make(workspace, label("training set"), round_.training_set, round_.build_training_set))
     return stages
 
 
-def fit(workspace: Workspace, round_: Round) -> Stage:
-    """The training of a round; one that was interrupted goes on from its last checkpoint."""
+def refuse(round_: Round) -> None:
+    """Raise ObjectiveError where the rank counts of a round say that nothing could be learned."""
     if (problem := round_.nothing_to_learn()) is not None:
         raise problem
+
+
+def fit(workspace: Workspace, round_: Round) -> Stage:
+    """The training of a round; one that was interrupted goes on from its last checkpoint."""
+    refuse(round_)
 
     def build() -> Manifest:
         data = workspace.artifacts.get(round_.training_set)

@@ -122,6 +122,14 @@ def cut(finished: Finished) -> Iterator[Headline]:
         yield Headline("warning", f"{text}sampling.max_new_tokens.")
 
 
+def unmoved(finished: Finished) -> Iterator[Headline]:
+    """Where the trained policy is the one that it started from."""
+    for where, made in _rounds(finished):
+        if made.train.facts["saved"]["share"] is None:
+            text = f"Training moved nothing that float32 shows{where}: raise training.learning_rate, or take "
+            yield Headline("warning", f"{text}more steps (training.epochs, a smaller training.batch_size).")
+
+
 def drawn_from_another(finished: Finished) -> Iterator[Headline]:
     """Where too little of the training is in what the rewards after training were drawn from."""
     if caution := drawn_caution(finished.drawn):
@@ -141,5 +149,6 @@ _SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (
     graded_without_an_answer,
     tied_prompts,
     cut,
+    unmoved,
     drawn_from_another,
 )

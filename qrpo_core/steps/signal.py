@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from qrpo_core.config import Experiment
 from qrpo_core.errors import ObjectiveError
+from qrpo_core.records import RETRYABLE
 from qrpo_core.rewards.base import SCORER_RAISED, clip
 from qrpo_core.rewards.thinking import UNFINISHED
 
@@ -88,9 +89,17 @@ def _unscored(experiment: Experiment, facts: Mapping[str, Any]) -> ObjectiveErro
                 f"{statuses.get('ok', {'count': 0})['count']:,} of {total:,} {what} have a reward "
                 f"({share:.1%}); the others: {unscored(statuses)}",
                 where=f"reward, training_data.min_scored = {least:g}",
-                remedy="mend the reward, or lower the setting to train on those that have one",
+                remedy=_again(statuses)
+                + "mend the reward, or lower the setting to train on those that have one",
             )
     return None
+
+
+def _again(statuses: Mapping[str, Any]) -> str:
+    """That the next run asks for rows again, where their status can pass."""
+    passing = [status for status in RETRYABLE if status in statuses]
+    rows = f"rows with {', '.join(passing)} are asked for again, up to store.tries times"
+    return f"run again ({rows}), " if passing else ""
 
 
 def _constant(experiment: Experiment, facts: Mapping[str, Any]) -> ObjectiveError | None:

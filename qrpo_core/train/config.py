@@ -180,7 +180,9 @@ class TrainingConfig(Section):
         json_schema_extra=Speed,
     )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="Share of the steps in which the learning rate rises from 0 to its peak."
+        0.1,
+        description="Share of the steps in which the learning rate rises from 0 to its peak; an only step "
+        "has the peak.",
     )
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
         "cosine", description="How the learning rate falls after the warm-up; cosine and linear end at 0."

@@ -173,6 +173,14 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
             logs = logs | self._metrics.take(self.accelerator.gather)
         super().log(logs, start_time)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As transformers does, whose warm-up begins at 0: an only step has none, or nothing would move."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def num_examples(self, dataloader: Any) -> int:
         """Items of an epoch."""
         return len(self.train_dataset)

@@ -74,6 +74,33 @@ say(url_afterwards=os.environ.get("PREFECT_API_URL"))
 """
 
 
+# A server that is away when a task asks for it.
+AWAY = """
+import json
+from flows.server import PrefectServer, prefect_server, quiet_console
+
+quiet_console()
+server = PrefectServer().start()
+from prefect import flow, task
+from qrpo_core.errors import QRPOError
+
+@task
+def part():
+    pass
+
+@flow
+def cut_off():
+    server.stop()
+    part()
+
+try:
+    with prefect_server(server, settle=0):
+        cut_off()
+except QRPOError as error:
+    print(json.dumps({"url": server.url, "raised": str(error)}))
+"""
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PREFECT_HOME for the module; the first server makes its database."""
@@ -167,6 +194,19 @@ def test_two_runs_at_once_each_have_a_server_and_record_everything(
     # A subflow is a task run of its parent.
     assert recorded(home, "task_run") == {"COMPLETED": 2 * (6 + 3), "FAILED": 2}
     assert recorded(home, "flow_run") == {"COMPLETED": 2 * 4, "FAILED": 2}
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_in_the_middle_of_a_run_is_one_line(
+    begin: Callable[..., subprocess.Popen[str]],
+) -> None:
+    run = begin(AWAY, PREFECT_CLIENT_MAX_RETRIES="0")
+    out, err = run.communicate(timeout=200)
+    assert run.returncode == 0, err
+    said = json.loads(out)
+    assert said["raised"].startswith(f"the Prefect server at {said['url']} failed (ConnectError(")
+    assert "run again: what was committed stays" in said["raised"]
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow

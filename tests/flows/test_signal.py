@@ -129,8 +129,11 @@ def test_a_constant_reward_stops_before_log_probs_and_training(
         reward={"kind": "length", "max_words": 10_000},
         training_data={},
     )
-    with pytest.raises(ObjectiveError, match=r"no signal: on each of \d+ prompts all rewards are equal"):
-        run(wanted)
+    from flows.precompute import precompute
+
+    for flow in (run, precompute):
+        with pytest.raises(ObjectiveError, match=r"no signal: on each of \d+ prompts all rewards are equal"):
+            flow(wanted)
     first = stored_chain(Workspace(wanted)).first
     assert not has(tmp_path, "train")
     assert not Workspace(wanted).blocks.committed(first.logprobs.recipe)

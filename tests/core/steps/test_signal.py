@@ -83,12 +83,18 @@ def test_too_few_rows_with_a_reward_stop(least: float, stops: bool) -> None:
         text = str(problem)
         assert "2 of 6 training completions have a reward (33.3%)" in text
         assert "endpoint_error 4 (4 times: HTTP 401: wrong key)" in text
+        assert (
+            ": run again (rows with endpoint_error are asked for again, up to store.tries times), mend"
+            in text
+        )
         assert "\n" not in text
 
 
 def test_references_count_as_completions_do() -> None:
     found = facts([("ok", "")], reference_statuses=signal.status_facts(rewards([("too_long", "9 > 8")] * 3)))
-    assert "0 of 3 references have a reward (0.0%)" in str(signal.nothing_to_learn(asked(), found))
+    text = str(signal.nothing_to_learn(asked(), found))
+    assert "0 of 3 references have a reward (0.0%)" in text
+    assert ": mend the reward, or lower" in text  # too_long does not pass: another run would not ask again
 
 
 @pytest.mark.parametrize(
@@ -111,11 +117,20 @@ def test_the_contradicted_share_is_of_pairs_that_the_reward_tells_apart(
     assert (problem is not None) == (share is not None and share > 0.5)
 
 
-def finished(found: dict[str, Any], *, kind: str = "qrpo", truncated: int = 0, cut: float = 0.0) -> Finished:
+def finished(
+    found: dict[str, Any],
+    *,
+    kind: str = "qrpo",
+    truncated: int = 0,
+    cut: float = 0.0,
+    share: float | None = 1.0,
+) -> Finished:
     """What a run of one round made, as far as headlines look at it."""
     made = SimpleNamespace(
         quantiles=SimpleNamespace(facts=found | {"cut": {"completions": {"cut": truncated, "of": 9}}}),
-        train=SimpleNamespace(facts={"rows": 3, "diagnostics": {"objective": kind}}),
+        train=SimpleNamespace(
+            facts={"rows": 3, "diagnostics": {"objective": kind}, "saved": {"share": share}}
+        ),
     )
     evaluation = SimpleNamespace(after=SimpleNamespace(truncation_rate=cut))
     return Finished(asked(), SimpleNamespace(), (made,), evaluation)  # type: ignore[arg-type]
@@ -136,6 +151,13 @@ def finished(found: dict[str, Any], *, kind: str = "qrpo", truncated: int = 0, c
 )
 def test_the_objective_and_its_items_are_named(kind: str, found: dict[str, Any], text: str) -> None:
     assert [str(each) for each in headlines(finished(facts([("ok", "")], **found), kind=kind))] == [text]
+
+
+def test_a_training_that_moved_nothing_is_a_warning() -> None:
+    first, *_ = headlines(finished(facts([("ok", "")]), share=None))
+    assert str(first).startswith(
+        "Warning: Training moved nothing that float32 shows: raise training.learning"
+    )
 
 
 def test_what_makes_a_result_doubtful_stands_first() -> None:

@@ -62,6 +62,14 @@ def test_every_step_is_returned_and_reported(tiny_model: Path, tmp_path: Path) -
     assert rates == pytest.approx(1e-3 * np.array([0, *(0.5 + 0.5 * np.cos(np.pi * np.arange(5) / 5))]))
 
 
+def test_an_only_step_is_taken_at_the_whole_rate(tiny_model: Path, tmp_path: Path) -> None:
+    for schedule in ("cosine", "linear", "constant_with_warmup"):
+        history = train(tiny_model, tmp_path / schedule, batch_size=128, schedule=schedule)
+        assert [entry["learning_rate"] for entry in history] == [1e-3]
+        trained = load_model(tmp_path / schedule / "policy", "float32")
+        assert not torch.equal(logits(trained), logits(load_model(tiny_model, "float32")))
+
+
 def identity(items: list[Any], directory: Path, **training: Any) -> str:
     return _identity(items, directory, ObjectiveConfig(beta=0.5), TrainingConfig.model_validate(training))
 
