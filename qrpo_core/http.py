@@ -84,7 +84,8 @@ def told_error(response: httpx.Response) -> tuple[dict[str, Any], Told | None]:
             error = error or inside
         case [{"finish_reason": "error"}, *_]:
             error = error or "the choice ended with an error"
-    if not error and (body.get("object") == "error" or body.get("type") == "error"):
+    says = any(isinstance(body.get(key), str) for key in ("detail", "message", "msg"))
+    if not error and ("error" in (body.get("object"), body.get("type")) or (says and "choices" not in body)):
         error = body
     if error:
         return body, Told(_status(error), _code(error), f"inside an answer: {response.text}")

@@ -41,6 +41,11 @@ _STATEMENT = re.compile(
 _TAGS = re.compile(
     r"^[ \t]*(?:<[a-z]+(?:[ ][^<>\n]*)?>){1,3}|</[a-z]+>(?:</[a-z]+>)?[ \t]*$", re.MULTILINE | re.IGNORECASE
 )
+_SIGNATURE = re.compile(r"(?:async[ \t]+)?def\b.*:|(?:async[ \t]+)?def\b.*:[ \t]*(?:\.\.\.|pass)")
+#: A line of a program whose functions are still to be written.
+_SKELETON = re.compile(
+    rf"{_SIGNATURE.pattern}|class\b.*:|@.*|''|\.\.\.|pass|raise[ \t]+NotImplementedError\b.*|(?:{_IMPORT}).*"
+)
 #: Blocks in blocks, in Markdown that is quoted as Markdown.
 _DEEPEST = 3
 #: How often in a text a string without an end is looked for: each time its lines are gone through again.
@@ -71,7 +76,7 @@ def find_program(text: str, wanted: Sequence[str], *, body: bool = False) -> str
     definitions that end in their first line are no programs where there are others. Blocks before it, and
     those after it, are joined to it where they only define something and it uses a name of theirs.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     blocks = [block for block in fenced(text) if block.language != "other" and not _is_session(block.source)]
     whole = [block for block in blocks if not _is_unfinished(block.source)] or blocks
     for marked in ("python", ""):
@@ -289,9 +294,13 @@ def _is_session(source: str) -> bool:
 
 
 def _is_unfinished(source: str) -> bool:
-    """Whether a block ends where a suite has to follow, as a quoted signature does."""
-    code = [line for line in _code(source) if line.strip()]
-    return bool(code) and code[-1].rstrip().endswith(":")
+    """Whether a block only quotes a signature: a suite has to follow its end, or all its suites are empty."""
+    code = [line.strip() for line in _code(source) if line.strip()]
+    if not code or code[-1].endswith(":"):
+        return bool(code)
+    return any(_SIGNATURE.fullmatch(line) for line in code) and all(
+        _SKELETON.fullmatch(line) for line in code
+    )
 
 
 def _is_body(source: str) -> bool:

@@ -13,7 +13,8 @@ One reading of numbers serves every scorer:
 - `$`, `%` and units do not belong to the number: `$5`, `5 %`, `5kg`, `5 cm^2` are 5, and `50%` is not 0.5;
 - digits behind a Latin letter belong to a name (`H2O`, `m2`, `x_1`, `USD5`), those behind a LaTeX command do
   not;
-- addresses (`https://...`), times of the day (`1:30`) and footnotes (`12.[1]`) hold no number.
+- addresses (`https://...`), times of the day (`1:30`), ratios (`3:4`) and footnotes (`12.[1]`) hold none;
+- `2.5 million` is 2.5 with the scale 10^6.
 
 Not read: a decimal comma, a product of numbers. Every step is linear in the length of the text.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Literal
@@ -81,18 +82,26 @@ _SCRIPTS = re.compile(
 _NO_NUMBERS = re.compile(
     r"(?:https?://|www\.)\S++"
     r"|(?<![0-9:.])[0-9]{1,2}:[0-5][0-9](?::[0-5][0-9])?(?![0-9:])"
+    r"|(?<![0-9A-Za-z:.,/])[0-9]{1,9}(?:\.[0-9]{1,9})?:[0-9]{1,9}(?![0-9:])(?!\.[0-9]{10})(?:\.[0-9]{1,9})?"
     r"|(?<=[A-Za-z0-9.,;:!?)%*])\[[0-9]{1,3}\]"
 )
+
+_SCALE_WORD = re.compile(r"\x20?(thousand|million|billion|trillion)\b", re.IGNORECASE)
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number found in a text: its plain spelling (no separators, no plus sign) and its value."""
+    """A number found in a text: its plain spelling (no separators, no plus sign) and its value.
+
+    scale : 10^6 where the word "million" follows it, and so on; the value does not hold it.
+    """
 
     text: str
     value: Decimal
+    scale: int = 1
 
 
 def extract(text: str, how: Extract) -> str | None:
@@ -178,7 +187,20 @@ def _number(match: re.Match[str]) -> Number:
             value = ARITHMETIC.create_decimal(int(f"{sign}{whole[:1000]}", base))
             return Number(f"{value:f}", value)
     exponent = f"e{match['ten']}" if match["ten"] else match["exponent"] or ""
-    return Number(mantissa + exponent, Decimal(mantissa + exponent))
+    word = _SCALE_WORD.match(match.string, match.end())
+    scale = _SCALES[word[1].lower()] if word else 1
+    return Number(mantissa + exponent, Decimal(mantissa + exponent), scale)
+
+
+def same_numbers(wanted: Number, found: Number, within: Callable[[Decimal, Decimal], bool]) -> bool:
+    """Whether two numbers are equal by `within`, where "million" behind one of them may be unsaid.
+
+    "2.5 million" is 2.5 where millions are asked for, and 2,500,000; it is not "2.5 billion".
+    """
+    scaled = [ARITHMETIC.multiply(number.value, Decimal(number.scale)) for number in (wanted, found)]
+    if within(scaled[0], scaled[1]):
+        return True
+    return (wanted.scale == 1) != (found.scale == 1) and within(wanted.value, found.value)
 
 
 def _quotient(match: re.Match[str], sign: str) -> Number:

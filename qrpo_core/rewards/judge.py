@@ -18,6 +18,7 @@ from qrpo_core.ids import sample_seed
 from qrpo_core.rewards import judge_answer
 from qrpo_core.rewards.base import RewardRequest, RowReward, Score, clip, guarded, refuse
 from qrpo_core.rewards.config import JudgeRewardConfig
+from qrpo_core.rewards.judge_statements import Unreadable
 
 if TYPE_CHECKING:
     import jinja2
@@ -251,7 +252,7 @@ class JudgeReward(RowReward):
                 return float(score.value)
             tokens = choice["logprobs"]["content"]
             return judge_answer.expected(text, tokens, score, config.lowest, config.highest)
-        except judge_answer.Unreadable as error:
+        except Unreadable as error:
             return Score(None, "parse_error", clip(str(error)))
 
     def _refuse(self, error: Refused) -> NoReturn:

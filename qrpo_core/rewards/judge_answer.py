@@ -6,40 +6,24 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qrpo_core.rewards.base import clip
+from qrpo_core.rewards.judge_statements import (
+    OF_HIGHEST,
+    Unreadable,
+    Written,
+    end_of,
+    given,
+    integers,
+    stated,
+)
 
 #: The least probability that has to lie on numbers of the scale, and the most that may lie on tokens of
 #: which it is not known which number they begin.
 LEAST_MASS, MOST_OPEN = 0.5, 0.01
 
 _WIDEST_ANSWER = 80
-# Not a part of a word, a decimal, a date or a larger number with separators; 7.0 is 7.
-_NUMBER = r"(?<![\w.,\-])(?P<number>-?\d+)(?:\.0+)?(?![\w\-]|[.,]\d)"
-_INTEGER = re.compile(_NUMBER, re.ASCII)
-#: The scale's end that follows a score, as in 7/10, **7** / 10 or "7 out of 10".
-_OF_HIGHEST = re.compile(r"[\s*_]*(?:/|out of)\s*(?P<end>\d+)(?![\w\-]|[.,]\d)", re.ASCII | re.IGNORECASE)
-
-_MARKS = r"[\s*_#>\"'`$-]*"
-_KIND = r"(?:score|rating|grade|mark|verdict|judge?ment)"
-_OVERALL = rf"(?:overall|final|total)(?:[ _-]+(?:{_KIND}|answer|assessment))?"
-# A statement begins a line, a sentence or a member of an object, and names what its number is.
-_LABEL = r"(?:^|[.!?;,{{(\n])" + _MARKS + r"(?:(?:my|the)[ ]+)?{label}(?:[ ]*\([^()\n]{{0,40}}\))?"
-_EQUALS = r"[*_\"'`\s]*(?:[:=]|\bis\b)[\s*_\"'`$\[({\\]*(?:boxed\{)?"
-#: Forms that state the score in an answer with other numbers, the more final first.
-_STATED = tuple(
-    re.compile(form, re.ASCII | re.IGNORECASE)
-    for form in (
-        _LABEL.format(label=_OVERALL) + _EQUALS + _NUMBER,
-        _LABEL.format(label=_KIND)
-        + _EQUALS
-        + _NUMBER
-        + r"|\[\[\s*(?P<double>-?\d+)\s*\]\]|\\boxed\{\s*(?P<boxed>-?\d+)\s*\}"
-        + rf"|<(?P<tag>{_KIND}|answer)>\s*(?P<tagged>-?\d+)\s*</(?P=tag)>",
-    )
-)
 #: What shows, in an answer that was cut, that the number was written to its end.
 _COMPLETE = re.compile(r"[ \t*_]*(?:\n|[.,;!?][\s\"]|[\"'`\]})]|</)")
 _HEDGED = re.compile(r"[\s*_]*(?:or|to|and|[-\u2013~])[\s*_]*\d", re.IGNORECASE)
@@ -48,28 +32,17 @@ _THOUGHT = re.compile(r"</(?:think|thinking|reasoning|thought)>|\[/THINK\]", re.
 _THINKS = re.compile(r"<(?:think|thinking|reasoning|thought)>|\[THINK\]", re.IGNORECASE)
 
 
-class Unreadable(ValueError):
-    """The answer gives no score; the message says why."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """The score that an answer states, and where in the text it stands."""
-
-    value: int
-    start: int
-    end: int
-
-
 def written(
     text: str, lowest: int, highest: int, *, cut: bool = False, pattern: str | None = None
 ) -> Written:
     """The score that an answer states, behind the judge's own thinking.
 
     A statement ("Overall: 7", else "Score: 7", [[7]], \\boxed{7}, <score>7</score>) is the score, and all
-    statements of its kind have to agree. Without one it is the one integer of the answer: all integers have
-    to be the same; the scale itself ("from 1 to 9") is none. An integer stands on its own (7.0 is 7, 7.5 and
-    7th are none); "7/10" and "7 out of 10" are 7 where 10 is `highest`. It has to be on the scale.
+    statements of its kind have to agree. Without one it is the score that its place shows to be
+    meant ("I would give it 7", a first or last line that is the number alone, "7/10" at the end), else the
+    one integer of the answer: all integers have to be the same; the scale itself ("from 1 to 9") is none. An
+    integer stands on its own (7.0 is 7, 7.5 and 7th are none); "7/10" and "7 out of 10" are 7 where 10 is
+    `highest`. It has to be on the scale.
 
     cut : the answer met its length limit. Then only a statement that is written to its end counts: the one
         number of a sentence that was cut may be any.
@@ -80,13 +53,15 @@ def written(
     """
     quoted = repr(clip(text, _WIDEST_ANSWER))
     plain = _without_thinking(_with_ascii_digits(text))
-    scores = _matched(plain, pattern) if pattern is not None else _stated(plain)
+    scores = _matched(plain, pattern) if pattern is not None else stated(plain, quoted)
+    if not scores and pattern is None and not cut:
+        scores = given(plain, lowest, highest)
     if cut:
-        scores = [score for score in scores if _COMPLETE.match(plain, _end_of(plain, score, highest))]
+        scores = [score for score in scores if _COMPLETE.match(plain, end_of(plain, score, highest))]
         if not scores:
             raise Unreadable(f"the answer {quoted} is cut before it states a score; raise max_tokens")
     if not scores and pattern is None:
-        scores = _integers(plain, lowest, highest)
+        scores = integers(plain, lowest, highest)
     if not scores:
         raise Unreadable(
             f"no {'integer' if pattern is None else 'match of the pattern'} in the answer {quoted}"
@@ -96,18 +71,10 @@ def written(
     score = scores[0]
     if not lowest <= score.value <= highest:
         raise Unreadable(f"{score.value} is outside the scale {lowest} to {highest}; the answer is {quoted}")
-    end = _OF_HIGHEST.match(plain, score.end)
+    end = OF_HIGHEST.match(plain, score.end)
     if (end and int(end["end"]) != highest) or (pattern is None and _HEDGED.match(plain, score.end)):
         raise Unreadable(f"several numbers in the answer {quoted}")
     return score
-
-
-def _stated(text: str) -> list[Written]:
-    """The statements of the most final kind."""
-    for form in _STATED:
-        if found := list(form.finditer(text)):
-            return [_written(match, str(match.lastgroup)) for match in found]
-    return []
 
 
 def _matched(text: str, pattern: str) -> list[Written]:
@@ -124,32 +91,11 @@ def _matched(text: str, pattern: str) -> list[Written]:
     return [Written(int(number[0]), start, start + len(number[0]))]
 
 
-def _written(match: re.Match[str], group: str) -> Written:
-    return Written(int(match[group]), match.start(group), match.end(group))
-
-
-def _integers(text: str, lowest: int, highest: int) -> list[Written]:
-    """All integers of an answer, but for the ends of the scale where they are named as such."""
-    scale = rf"(?<![\w.,\-]){lowest}\b[^\d\n]{{0,40}}?(?:\bto\b|\band\b|[-\u2013])[^\d\n]{{0,20}}?{highest}\b"
-    text = re.sub(scale, lambda found: " " * len(found[0]), text, flags=re.ASCII)
-    found: list[Written] = []
-    place = 0
-    while match := _INTEGER.search(text, place):
-        place = _end_of(text, score := _written(match, "number"), highest)
-        found.append(score)
-    return found
-
-
-def _end_of(text: str, score: Written, highest: int) -> int:
-    """Where a score ends with its scale: behind "7/10" where 10 is `highest`."""
-    ending = _OF_HIGHEST.match(text, score.end)
-    return ending.end() if ending and int(ending["end"]) == highest else score.end
-
-
 def _with_ascii_digits(text: str) -> str:
-    """The text with the decimal digits of all scripts as 0 to 9, each at its place."""
+    """The text with the decimal digits of all scripts as 0 to 9 and minus signs as "-", each at its place."""
     if text.isascii():
         return text
+    text = re.sub(r"[\u2212\ufe63\uff0d]|(?<![\d\w])\u2013(?=\d)", "-", text)
     return re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from qrpo_core.rewards.extract import ascii_numbers
 from qrpo_core.rewards.numerals import Reading, read
+from qrpo_core.rewards.spelling import spelled
 
 _WORD = "\x01"  # stands before and behind words of \text{} in a normal form
 _REPLACED = [
@@ -19,6 +19,8 @@ _REPLACED = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])|[\u00d7\u00b7\u2217]"), "*"),
     (re.compile(r"\\(?:div)(?![A-Za-z])|\u00f7"), "/"),
+    (re.compile(r"(?<=[0-9])\s*x\s*(?=10\s*\^)"), "*"),
+    (re.compile(r"\\varnothing(?![A-Za-z])|\u2205|\\\{\s*\\\}"), r"\\emptyset"),
     (re.compile(r"(?<=[0-9])(?:\{,\}|\\,|\\;|\\ |\{ \})(?=[0-9]{3}(?![0-9]))"), ","),
     (re.compile(r"\\(?:[,;: ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~|[\u00a0\u2009\u202f]"), " "),
     (re.compile(r"(?:\\|(?<![A-Za-z0-9]))[$](?=\s*[0-9.])|[€£¥₹]"), ""),
@@ -31,7 +33,9 @@ _REPLACED = [
     (re.compile(r"\u03c0"), r"\\pi"),
     (re.compile(r"\u221a\s*([0-9]+)"), r"\\sqrt{\1}"),
     (
-        re.compile(r"(?<=[0-9])\s*\\text\s?\{\s*(?:st|nd|rd|th)\s*\}|(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])"),
+        re.compile(
+            r"(?<=[0-9])\s*(?:\^\s?\{?\s?)?\\text\s?\{\s*(?:st|nd|rd|th)\s*\}\}?|(?<=[0-9])(?:st|nd|rd|th)(?![A-Za-z])"
+        ),
         "",
     ),
 ]
@@ -51,6 +55,7 @@ _LABEL = re.compile(
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
 _CHOICE = re.compile(r"\(?([A-Z])(?:\)|[.:](?=\s)).*", re.DOTALL)
 
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _UNITS = {
     alias: name
     for name, aliases in {
@@ -67,13 +72,13 @@ _UNITS = {
 
 def normal(text: str) -> str:
     r"""One spelling of an answer: no macros of layout, `\text{}` in marks of its own, "and" as a comma."""
-    text = ascii_numbers(text).strip()
+    text = spelled(text).strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening):
             inner = text[len(opening) : -len(closing)]
             if opening not in inner.replace("\\$", ""):
                 text = inner
-    text = text.strip().strip("*").rstrip(" .,;").lstrip()
+    text = text.strip().strip("*`").rstrip(" .,;").lstrip()
     text = re.sub(r",\s*\\!\s*", ",", text)
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
@@ -109,7 +114,7 @@ def is_quantity(answer: str) -> bool:
 
 def for_algebra(answer: str) -> str:
     """An answer as LaTeX that a computer algebra system reads as meant: no currency, no 3e8, no 5 1/2."""
-    text = re.sub(r"\\\$|^\$(?!.*\$)|[€£¥₹]", "", ascii_numbers(answer)).strip("$").strip()
+    text = re.sub(r"\\\$|^\$(?!.*\$)|[€£¥₹]", "", spelled(answer)).strip("$`").strip()
     text = re.sub(r"\\(?:mathrm|text|textrm|rm)\s?\{\s*([a-zA-Z])\s*\}", r"\1", text)
     text = re.sub(r"(?<=[0-9])[eE]([-+]?[0-9]{1,4})(?![0-9A-Za-z])", r"\\times 10^{\1}", text)
     return re.sub(r"(?<![0-9/.])([0-9]+) ([0-9]+)\s?/\s?([0-9]+)", r"\1\\frac{\2}{\3}", text)
@@ -181,6 +186,11 @@ def _same_quantity(one: str, two: str) -> bool | None:
     if first is None or second is None:
         return None
     (wanted, unit, percent), (found, other, also_percent) = first, second
+    scales = [_scale(wanted), _scale(found)]
+    if max(scales) > 1:
+        # "million" may be unsaid, where millions are asked for; it is not "billion".
+        plain = 1 in scales and wanted.value == found.value
+        return plain or wanted.value * scales[0] == found.value * scales[1]
     if unit and other and unit != other:
         return False
     if percent == also_percent:
@@ -224,6 +234,11 @@ def _quantity(text: str) -> tuple[Reading, str, bool] | None:
     if _WORD not in rest and not re.match(r"[a-z]{2,}", unit):
         return None  # a variable: 5x
     return number, _unit(unit), percent
+
+
+def _scale(number: Reading) -> int:
+    word = re.match(r"[\s\x01]*(thousand|million|billion|trillion)\b", number.rest, re.IGNORECASE)
+    return _SCALES[word[1].lower()] if word else 1
 
 
 def _unit(words: str) -> str:

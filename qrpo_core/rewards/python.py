@@ -216,4 +216,5 @@ def _score(value: Any) -> Score:
         case str() | bytes():
             return Score(None, "parse_error", clip(f"the function gave the text {value!r}, not a number"))
     number: Any = value
-    return guarded(lambda: float(number))
+    # An array or tensor of one element, whatever its dimensions; `item` refuses several.
+    return guarded(lambda: float(number.item() if callable(getattr(number, "item", None)) else number))

@@ -56,11 +56,13 @@ class NumberReward(RowReward):
         if found is None:
             return 0.0
         wanted = _reference_number(request.reference or "")
-        difference = reading.ARITHMETIC.subtract(found.value, wanted).copy_abs()
+        return 1.0 if reading.same_numbers(wanted, found, self._within) else 0.0
+
+    def _within(self, wanted: Decimal, found: Decimal) -> bool:
         tolerance = self._tolerance
         if tolerance is None:
             tolerance = min(_TOLERANCE, reading.ARITHMETIC.multiply(wanted.copy_abs(), _RELATIVE))
-        return 1.0 if difference <= tolerance else 0.0
+        return bool(reading.ARITHMETIC.subtract(found, wanted).copy_abs() <= tolerance)
 
     def _find(self, text: str) -> reading.Number | None:
         match self._how:
@@ -203,10 +205,10 @@ def plain_string(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _reference_number(reference: str) -> Decimal:
+def _reference_number(reference: str) -> reading.Number:
     value = read_json(reference)
     if isinstance(value, Decimal):
-        return value
+        return reading.Number(str(value), value)
     if not isinstance(value, str):
         raise ValueError("a number, or a string that holds one, is needed")
     text = value.rpartition("####")[2]
@@ -215,7 +217,7 @@ def _reference_number(reference: str) -> Decimal:
         raise ValueError(
             f"the string holds {len(found)} numbers; it needs exactly one, or one behind its last ####"
         )
-    return found[0].value
+    return found[0]
 
 
 def _reference_answer(reference: str) -> str:

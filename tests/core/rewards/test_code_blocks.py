@@ -41,6 +41,9 @@ def block(code: str, mark: str = "python", fence: str = F, indent: str = "") -> 
         block(DRAFT) + "That returns nothing. Corrected:\n" + block(GOOD),
         block(DRAFT, "") + block(GOOD, ""),
         block(GOOD) + "It has the form\n" + block("class Solution:\n    def add(self, a, b):\n"),
+        block(GOOD) + "It has the form\n" + block("class Solution:\n    def add(self, a, b):\n        ...\n"),
+        block(GOOD) + "Template:\n" + block("class Solution:\n    def add(self, a, b): pass\n"),
+        "\ufeff" + GOOD,
         block(GOOD) + "It was\n" + block(DRAFT, ""),  # a mark goes before a later place
         "1. Solution:\n\n" + block(GOOD, indent="   "),
         "1. Solution:\n\n" + block(GOOD, indent="    "),

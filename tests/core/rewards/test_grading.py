@@ -18,6 +18,24 @@ from qrpo_core.rewards.registry import check_references, make_reward
 
 # reference, completion, reward; None: the reference is refused.
 MATH = [
+    ("0.00012", "The answer is 1.2 \u00d7 10\u207b\u2074.", 1),
+    ("6000000", "The answer is 6 x 10^6", 1),
+    ("x^2+1", "The answer is x\u00b2+1.", 1),
+    ("\\frac12", "The answer is \u00bd.", 1),
+    ("5.5", "\\boxed{5\u00bd}", 1),
+    ("42", "The answer is `42`.", 1),
+    ("5", "\\boxed{5^{\\text{th}}}", 1),
+    ("7", "\\boxed{\\text{The answer is } 7}", 1),
+    ("7", "\\boxed{\\text{The answer is } 8}", 0),
+    ("\\emptyset", "\\boxed{\\varnothing}", 1),
+    ("\\emptyset", "\\boxed{\\{\\}}", 1),
+    ("0.\\overline{3}", "\\boxed{\\frac13}", 1),
+    ("\\frac{1}{6}", "\\boxed{0.1\\overline{6}}", 1),
+    ("\\frac{1}{3}", "\\boxed{0.333\\ldots}", 1),
+    ("\\frac{1}{3}", "\\boxed{0.33}", 0),
+    ("2500000", "\\boxed{2.5\\text{ million}}", 1),
+    ("2.5", "\\boxed{2.5\\text{ million}}", 1),
+    ("2.5\\text{ million}", "\\boxed{2.5\\text{ billion}}", 0),
     ("$\\frac{1}{2^{99}}$", "So the answer is $\\boxed{\\frac{1}{2^{98}}}$.", 0),
     ("$\\frac{1}{2004!}$", "So the answer is $\\boxed{\\frac{1}{2006!}}$.", 0),
     ("$10^{-10}$", "So the answer is $\\boxed{2\\times 10^{-10}}$.", 0),
@@ -157,6 +175,12 @@ MATH = [
     ([1], "\\boxed{1}", None),
 ]
 NUMBER = [
+    ("2500000", "The answer is $2.5 million.", 1),
+    ("2.5", "It costs 2.5 million.", 1),
+    ("2.5 million", "It costs 2500000.", 1),
+    ("2.5 million", "It costs 2.5 billion.", 0),
+    ("3", "The answer is 3:4.", 0),
+    ("4", "The ratio is 3:4", 0),
     ("He has 3*4=12.\n#### 12", "So 12 apples. The answer is 12.", 1),
     (42, "The answer is 42 (checked on 3 May 2024).", 1),
     (42, "Answer: 42\n\nLet me know if you have questions about step 2!", 1),

@@ -381,6 +381,8 @@ def choice_error(code: int) -> Reply:
         (200, {}, {"error": "overloaded"}),
         (200, {}, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}),
         (200, {}, {"object": "error", "message": "no worker", "code": 503}),
+        (200, {}, {"code": 1302, "msg": "busy", "success": False}),
+        (200, {}, {"detail": "busy"}),
         choice_error(502),
         (200, {}, {"choices": []}),
         (200, {}, {"choices": None}),

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from qrpo_core.rewards.judge_answer import Unreadable, expected, written
+from qrpo_core.rewards.judge_answer import expected, written
+from qrpo_core.rewards.judge_statements import Unreadable
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,25 @@ from qrpo_core.rewards.judge_answer import Unreadable, expected, written
         ("2 faults, \\boxed{7}", 7),
         ("2 faults: [[7]]", 7),
         ("3 of 4 claims hold. My rating is 7.", 7),
+        ("3 of 4 claims hold. My rating would be 7.", 7),
+        ("The maximum score is 10. I give 7", 7),
+        ("There are 3 faults. I'd give it 7/10.", 7),
+        ("It makes 3 claims. I would rate it a 7.", 7),
+        ("It makes 3 claims. I give it a score of 7 out of 10.", 7),
+        ("It loses 2 points, therefore 7/10.", 7),
+        ("2 faults and 1 slip, so 7 out of 10.", 7),
+        ("7 out of a possible 10", 7),
+        ("**7** / **10**", 7),
+        ("7\n\nIt has 3 good parts.", 7),
+        ("It has 3 good parts.\n\n**7**", 7),
+        ("3 faults.\n\n## Final Score\n7", 7),
+        ("3 faults.\n\n**Score**\n\n**7**/10", 7),
+        ("5 items.\nScore \u2013 7", 7),
+        ("2 faults\nScore => 7", 7),
+        ("2 faults. The score I assign is 7.", 7),
+        ("Rate: 7. It misses 2 facts.", 7),
+        ("3 faults <final_score>7</final_score>", 7),
+        ("| Part | Score |\n|---|---|\n| Style | 6 |\n| **Overall** | **7** |", 7),
     ],
 )
 def test_written_score(text: str, value: int) -> None:
@@ -80,7 +100,16 @@ def test_written_score(text: str, value: int) -> None:
         ("Score: 7 or 8", "several"),
         ("Score: 7/8", "several"),
         ("Overall: 7.5", "no integer"),
-        ("The maximum score is 10. I give 7", "several"),
+        ('{"score": 7.5, "faults": 3}', "no integer is stated"),
+        ("Score: 7.5\nScore: 7", "no integer is stated"),
+        ("Score: \u22127", "outside the scale"),
+        ("It has 2 faults. If it were shorter, I would give it 9.", "several"),
+        ("It has 2 faults. I would give it at least 6.", "several"),
+        ("I give clarity 6. I give style 9.", "several"),
+        ("Accuracy: 6/10\nStyle: 9/10", "several"),
+        ("It gets 8/10 of the 5 facts right", "several"),
+        ("8\n\nIt has 3 parts.\n\n6", "several"),
+        ("Somewhere between 6 and 8.", "several"),
         ("7 or 8", "several"),
         ("9" * 30, "outside"),
     ],
@@ -120,6 +149,11 @@ def test_a_statement_before_the_cut_counts(text: str) -> None:
 def test_a_cut_answer_states_no_score_elsewhere(text: str) -> None:
     with pytest.raises(Unreadable, match="cut before it states a score"):
         written(text, 1, 9, cut=True)
+
+
+def test_minus_signs_of_all_kinds_and_plus_count() -> None:
+    for text, value in (("Score: \u22123", -3), ("\u22123", -3), ("Score: \u20133", -3), ("Score: +3", 3)):
+        assert written(text, -5, 5).value == value
 
 
 def test_a_pattern_finds_the_score() -> None:

@@ -76,10 +76,11 @@ def test_what_an_element_may_be(write: Write) -> None:
     write(
         "import numpy as np\n"
         "VALUES = [1, True, 0.5, np.float32(0.25), np.array(2.0), None, (None, 'no\\nanswer'), float('nan'), "
-        "'0.5', 'x', [1, 2]]\n"
+        "'0.5', 'x', [1, 2], np.array([[3.0]]), np.array([1, 2])]\n"
         "def score(batch): return [VALUES[r.sample_index] for r in batch]\n"
     )
-    found = reward().score([row("", i) for i in range(11)])
+    found = reward().score([row("", i) for i in range(13)])
+    assert found.pop(11).reward == 3.0
     assert [score.reward for score in found[:5]] == [1.0, 1.0, 0.5, 0.25, 2.0]
     assert all(type(score.reward) is float for score in found[:5])
     assert {score.status for score in found[5:]} == {"parse_error"}

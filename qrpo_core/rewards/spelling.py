@@ -1,0 +1,44 @@
+r"""One spelling, in ASCII and LaTeX, of what people write in answers with signs or words of their own."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from qrpo_core.rewards.extract import ascii_numbers
+
+_RAISED = "\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b"
+_SUPERSCRIPT = re.compile(rf"(?<=[0-9A-Za-z)\]}}])[{_RAISED}]+")
+_ONE_FRACTION = re.compile(r"[\u00bc-\u00be\u2150-\u215e]")
+_DOTS = r"(?:\\[lc]?dots(?![A-Za-z])|\.\.\.|\u2026)"
+#: 0.1\overline{6}, and 0.1666... where the same digits stand three times.
+_OVERLINED = re.compile(
+    r"(?<![0-9.])([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar)\s?(?:\{\s?([0-9]{1,20})\s?\}|([0-9]))"
+)
+_DOTTED = re.compile(rf"(?<![0-9.])([0-9]{{0,20}})\.([0-9]{{0,8}}?)([0-9]{{1,8}}?)\3{{2,8}}\s?{_DOTS}")
+#: Words before an answer inside its box: "The answer is".
+_INTRODUCTION = re.compile(r"^\s*\\(?:text|mbox)\s?\{[^{}]{0,80}(?:\b(?:is|are)|[:=])\s*\}\s*(?=\S)")
+
+
+def spelled(text: str) -> str:
+    r"""An answer with `^{-4}` for raised digits, `\frac{1}{2}` for ½ and for decimals without end."""
+    text = _INTRODUCTION.sub("", text)
+    if not text.isascii():
+        text = _SUPERSCRIPT.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)
+        text = _ONE_FRACTION.sub(_fraction, text)
+    text = ascii_numbers(text)
+    if "." in text:
+        text = _OVERLINED.sub(lambda found: _repeating(found[1], found[2], found[3] or found[4]), text)
+        text = _DOTTED.sub(lambda found: _repeating(found[1], found[2], found[3]), text)
+    return text
+
+
+def _fraction(sign: re.Match[str]) -> str:
+    over, _, under = unicodedata.normalize("NFKC", sign[0]).partition("\u2044")
+    return rf"\frac{{{over}}}{{{under}}}" if under else sign[0]
+
+
+def _repeating(whole: str, once: str, period: str) -> str:
+    r"""0.1\overline{6} is (16 - 1) / 90."""
+    over = int(whole + once + period) - int(whole + once or "0")
+    return rf"\frac{{{over}}}{{{10 ** len(once) * (10 ** len(period) - 1)}}}"
