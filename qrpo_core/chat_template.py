@@ -21,18 +21,9 @@ from typing import Any
 from qrpo_core.errors import DataError, ModelError
 from qrpo_core.ids import prompt_id
 from qrpo_core.template_clock import pin_date, reads_clock, today
+from qrpo_core.thinking_marks import MARKS, THINKING, thinking_of
 
 Messages = Sequence[Mapping[str, str]]
-
-#: Marks of thinking, as models spell them: what opens it and what closes it.
-THINKING = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-)
 
 #: What may stand between the opening of a turn and its text.
 _ROLE = "(?:system|developer|user|assistant|model|tool)?"
@@ -195,9 +186,8 @@ class ChatTemplate:
         found = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, *self._ends}
         for between in self._between:
             found.update(self._control_pattern.findall(between))
-        marks = {mark for pair in THINKING for mark in pair}
         known = set(self._control_tokens)
-        return tuple(sorted(token for token in found - marks if token in known))
+        return tuple(sorted(token for token in found - MARKS if token in known))
 
     @cached_property
     def turn_openings(self) -> tuple[str, ...]:
@@ -285,12 +275,6 @@ class ChatTemplate:
                 where=self._where,
                 remedy="give a template that opens the assistant's turn where add_generation_prompt is set",
             )
-
-
-def thinking_of(text: str, closes: str) -> tuple[str | None, str]:
-    """An answer's thinking, without what closes it, and the rest; None and the whole where it has none."""
-    before, found, after = text.rpartition(closes)
-    return (before, after) if found else (None, text)
 
 
 def holds(tail: str, text: str) -> bool:

@@ -63,6 +63,7 @@ def plan(workspace: Workspace) -> list[StagePlan]:
         reference = Policy("not converted yet", _not_there)
     known = chain(workspace, reference, asked, used)
     stages.append(_prompts(workspace, asked, used.left_out.problems, tables.counts))
+    stages.append(_artifact(workspace, "check rows", known.usable))
     stages += _training(workspace, known)
     stages += [_rows(workspace, step) for step in known.before]
     return stages + _after(workspace, known)

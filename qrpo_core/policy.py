@@ -24,6 +24,7 @@ from qrpo_core.file_digests import file_digests
 from qrpo_core.gguf_tokenizer import honour_split
 from qrpo_core.ids import digest_json
 from qrpo_core.template_clock import folder_reads_clock
+from qrpo_core.thinking_marks import special_tokens
 
 _logger = logging.getLogger("qrpo.policy")
 
@@ -68,12 +69,14 @@ class ModelSource:
     identity : JSON-ready; content digests of local files, the commit of a hub model. Never a path.
     reads_clock : whether the chat template of a directory or hub model asks for the time; a GGUF's is looked
         at when it is converted.
+    special : the tokens that its tokenizer may call special; of a GGUF they are known then, too.
     """
 
     kind: Literal["directory", "gguf", "hub"]
     location: str
     identity: dict[str, str]
     reads_clock: bool = False
+    special: frozenset[str] = frozenset()
 
     @property
     def needs_materialising(self) -> bool:
@@ -120,7 +123,7 @@ def resolve_model(config: ModelConfig) -> ModelSource:
     if local.is_dir():
         _check_directory(local, path)
         identity = {"kind": "directory", "digest": policy_digest(local)}
-        return ModelSource("directory", str(local.resolve()), identity, folder_reads_clock(local))
+        return ModelSource("directory", str(local.resolve()), identity, *_read_settings(local))
     if local.exists():
         raise ModelError(f"model.path {path!r} is a file", remedy="give its directory, or a .gguf file")
     if not _HUB_ID.fullmatch(path):
@@ -128,7 +131,11 @@ def resolve_model(config: ModelConfig) -> ModelSource:
     folder = _snapshot(path, config.revision, _SETTINGS_FILES)
     _check_directory(folder, path, weights=False)
     identity = {"kind": "hub", "repository": path, "commit": folder.name}
-    return ModelSource("hub", path, identity, folder_reads_clock(folder))
+    return ModelSource("hub", path, identity, *_read_settings(folder))
+
+
+def _read_settings(folder: Path) -> tuple[bool, frozenset[str]]:
+    return folder_reads_clock(folder), special_tokens(folder)
 
 
 def materialise(source: ModelSource, dtype: str, out_dir: Path) -> dict[str, str]:

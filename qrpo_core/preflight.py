@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
-import pyarrow as pa
-
-from qrpo_core.config import Experiment, RewardConfig
+from qrpo_core.config import Experiment
 from qrpo_core.engines.base import Progress, no_progress
 from qrpo_core.engines.registry import require
 from qrpo_core.errors import ConfigError, DataError
-from qrpo_core.rewards.registry import check_references, reward_doubts
+from qrpo_core.rewards.worker import kept_workers
 from qrpo_core.steps import policies, prompts, usable
 from qrpo_core.steps.ranked import fewest_references
 from qrpo_core.steps.workspace import Workspace
@@ -23,7 +19,8 @@ def check(workspace: Workspace, progress: Progress = no_progress) -> None:
 
     Looks at the model's files (not its weights; for LoRA at its layers, by its config), reads the prompt
     source unless the store has it already, and unless the store knows it sees that every prompt and
-    completion can be used (`steps.usable`), of which `progress` counts the prompts.
+    completion can be used and that rewards are to be trusted (`steps.usable`), of which `progress` counts
+    the prompts.
     """
     _check_budget(workspace.experiment)
     require(workspace.experiment)
@@ -35,10 +32,8 @@ def check(workspace: Workspace, progress: Progress = no_progress) -> None:
         check_source(source, workspace.experiment.training)
     asked = prompts.recipe(workspace)
     found = prompts.find(workspace, asked)
-    usable.check(workspace, asked, found, progress)
-    _check_trust(workspace.experiment, workspace.experiment.reward, found.prompts)
-    for judge in workspace.experiment.evaluation.judges.values():
-        _check_trust(workspace.experiment, judge, prompts.of_split(found.prompts, "held_out"))
+    with kept_workers():
+        usable.check(workspace, asked, found, progress)
     if found.offline is not None:
         train = set(prompts.of_split(found.prompts, "train")["prompt_id"].to_pylist())
         if train.isdisjoint(found.offline["prompt_id"].to_pylist()):
@@ -47,28 +42,6 @@ def check(workspace: Workspace, progress: Progress = no_progress) -> None:
                 where="training_data.mode 'offline'",
                 remedy="look at prompts.chosen_field or prompts.completion_fields",
             )
-
-
-def _check_trust(experiment: Experiment, reward: RewardConfig, table: pa.Table) -> None:
-    """Refuse a reward that pays for a constant, or not for the right answer; warn where `trust` says so."""
-    columns = (table[name].to_pylist() for name in ("source", "reference"))
-    references = list(zip(*columns, strict=True))
-    if experiment.prompts.on_unusable == "skip":
-        bad = {problem.row for problem in check_references(reward, references)}
-        references = [pair for row, pair in enumerate(references) if row not in bad]
-    refused, remedies = [], []
-    for place, section, doubt in reward_doubts(reward, references):
-        said = f"{section.kind} [{place}]: {doubt.problem}"
-        if section.trust == "warn" or not doubt.severe:
-            warnings.warn(f"{said}; {doubt.remedy}", stacklevel=2)
-        else:
-            refused.append(said)
-            remedies.append(doubt.remedy)
-    if refused:
-        raise ConfigError(
-            f"the reward is not to be trusted: {'; '.join(refused)}",
-            remedy=f"{'; '.join(dict.fromkeys(remedies))}; reward.trust: warn goes on with it as it is",
-        )
 
 
 def _check_budget(experiment: Experiment) -> None:

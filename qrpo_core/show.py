@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def result_lines(workspace: Workspace) -> list[str]:
 def headline_lines(made: Results) -> list[str]:
     """What stands under the first line of a result, each line whole."""
     result, drawn = result_of(made.evaluate), made.evaluate.facts["drawn"]
-    finished = Finished(made.experiment, made.prompts, made.rounds, result, drawn)
+    finished = Finished(made.experiment, made.prompts, made.rounds, result, drawn, made.doubts)
     return [str(each) for each in headlines(finished)]
 
 
@@ -129,7 +129,10 @@ def normalisation_rows(diagnostics: dict[str, Any]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Results:
-    """The manifests of a finished run. left_out : the rows that it could not use."""
+    """The manifests of a finished run.
+
+    left_out : the rows that it could not use. doubts : why scorers are not to be trusted.
+    """
 
     experiment: Experiment
     prompts: Manifest
@@ -137,6 +140,7 @@ class Results:
     evaluate: Manifest
     report: Manifest
     left_out: LeftOut
+    doubts: Sequence[Mapping[str, Any]]
 
     @property
     def train(self) -> Manifest:
@@ -151,7 +155,8 @@ def results(workspace: Workspace) -> Results:
     made = tuple(each.made for each in rounds)
     end = chain.after(rounds[-1])
     left_out, experiment = chain.found.left_out, workspace.experiment
-    return Results(experiment, get(chain.prompts), made, get(end.evaluate), get(end.report), left_out)
+    evaluate, report = get(end.evaluate), get(end.report)
+    return Results(experiment, get(chain.prompts), made, evaluate, report, left_out, chain.doubts)
 
 
 def report_path(workspace: Workspace) -> Path:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qrpo_core.chat_template import THINKING, ChatTemplate, Messages, holds, thinking_of
+from qrpo_core.chat_template import ChatTemplate, Messages, holds
 from qrpo_core.errors import DataError, ModelError
 from qrpo_core.ids import digest_json, prompt_id
 from qrpo_core.policy import load_tokenizer
+from qrpo_core.thinking_marks import MARKS, THINKING, thinking_of
 
 #: Names that configs give to the longest sequence.
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -29,6 +30,7 @@ class Chat:
     vocab_size : ids below it decode.
     max_length : longest sequence (prompt and completion together) that the model takes, in tokens.
     day, variables : see `ChatTemplate`.
+    marks : further marks of thinking, beside the known ones, that texts of completions keep.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class Chat:
         where: str = "tokenizer",
         day: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        marks: Set[str] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
+        self._marks = MARKS | marks
         self._where = where
         self.stop_token_ids = tuple(sorted(set(stop_token_ids)))
         self.vocab_size = len(tokenizer)
@@ -59,7 +63,12 @@ class Chat:
 
     @classmethod
     def load(
-        cls, directory: Path | str, *, day: str | None = None, variables: Mapping[str, Any] | None = None
+        cls,
+        directory: Path | str,
+        *,
+        day: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        marks: Set[str] = frozenset(),
     ) -> Chat:
         """The chat of a policy's directory. Loads the tokenizer and reads two JSON files, no weights."""
         folder = Path(directory)
@@ -85,6 +94,7 @@ class Chat:
             where=str(folder),
             day=day,
             variables=variables,
+            marks=marks,
         )
 
     def check(self) -> None:
@@ -162,12 +172,30 @@ class Chat:
         return self._until_end(self._following(prompt, tail))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a completion, undecorated: no end token, no other special token, spaces as they are."""
+        """The text of a completion, undecorated: no end token, no other special token, spaces as they are.
+
+        Marks of thinking stay where they are special tokens, too: rewards are cut behind them.
+        """
         ids = list(token_ids)
         while ids and ids[-1] in self.stop_token_ids:
             ids.pop()
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        dropped, shown = self._special
+        marked = any(token in shown for token in ids)
+        text: str = self._tokenizer.decode(
+            [token for token in ids if token not in dropped] if marked else ids,
+            skip_special_tokens=not marked,
+            clean_up_tokenization_spaces=False,
+        )
         return text
+
+    @cached_property
+    def _special(self) -> tuple[set[int], set[int]]:
+        """The special tokens that a text does not show, and those that it does."""
+        tokenizer = self._tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        special = {number for number, token in added if token.special} | set(tokenizer.all_special_ids)
+        shown = {number for number, token in added if token.content.strip() in self._marks} & special
+        return special - shown, shown
 
     @cached_property
     def _next_turn(self) -> int | None:

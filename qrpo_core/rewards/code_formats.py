@@ -25,7 +25,7 @@ _NEEDED = {
     "mbpp": ("test_list",),
 }
 #: Columns of a data set's own solution; its imports have to be there as well.
-_SOLUTIONS = ("canonical_solution", "completion", "solution", "code")
+SOLUTIONS = ("canonical_solution", "completion", "solution", "code")
 #: Columns of tests that give a program its standard input and read its output.
 _STREAMS = ("input_output", "public_test_cases", "private_test_cases")
 
@@ -246,7 +246,7 @@ def _imports(problem: Problem, row: dict[str, Any]) -> tuple[str, ...]:
     found: set[str] = set()
     for source in (problem.examiner_setup, problem.judged_setup, *problem.tests):
         found |= needed_modules(ast.parse(source))
-    for key in _SOLUTIONS:
+    for key in SOLUTIONS:
         if isinstance(row.get(key), str):
             with contextlib.suppress(SyntaxError, ValueError):  # a body alone: it has no imports to see
                 found |= needed_modules(ast.parse(row[key]))

@@ -18,6 +18,7 @@ from qrpo_core.section import (
     changed_fields,
     recipe_fields,
 )
+from qrpo_core.thinking_marks import UNMISTAKABLE
 
 Kind = Literal[
     "number",
@@ -48,16 +49,7 @@ class ThinkingMarks(Section):
 
 
 #: The marks that models are trained to write; none of them stands in ordinary text.
-KNOWN_MARKS = tuple(
-    ThinkingMarks(open=opening, close=closing)
-    for opening, closing in [
-        ("<think>", "</think>"),
-        ("<|begin_of_thought|>", "<|end_of_thought|>"),
-        ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
-        ("[THINK]", "[/THINK]"),
-        ("<seed:think>", "</seed:think>"),
-    ]
-)
+KNOWN_MARKS = tuple(ThinkingMarks(open=opening, close=closing) for opening, closing in UNMISTAKABLE)
 
 
 class ModelRewardConfig(Section):
@@ -328,6 +320,12 @@ class WeightedTerm(Section):
 def has_kind(config: RewardConfig, kind: Kind) -> bool:
     """Whether a reward, or a term of it, is of a kind."""
     return config.kind == kind or any(has_kind(term.reward, kind) for term in config.terms)
+
+
+def marks_of(config: RewardConfig) -> frozenset[str]:
+    """Every mark of thinking that a reward, or a term of it, names."""
+    own = {mark for pair in config.thinking or () for mark in (pair.open, pair.close)}
+    return frozenset(own).union(*(marks_of(term.reward) for term in config.terms))
 
 
 def reward_fields(config: RewardConfig) -> dict[str, Any]:

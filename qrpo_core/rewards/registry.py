@@ -78,17 +78,18 @@ def refuse_references(config: RewardConfig, references: Iterable[tuple[str, str 
 
 
 def reward_doubts(
-    config: RewardConfig, references: Iterable[tuple[str, str | None]]
+    config: RewardConfig, references: Iterable[tuple[str, str | None]], at: str = "reward"
 ) -> list[tuple[str, RewardConfig, Doubt]]:
     """Why not to trust a reward, or the terms of a sum: see `rewards.trust`, which tries it on a few prompts.
 
-    references : (prompt_id, reference) pairs that `check_references` has nothing against.
+    references : (prompt_id, reference) pairs that `check_references` has nothing against. at : the place of
+    the reward in the experiment.
     Returns the place in the experiment, the section there and the doubt. No kind that is looked at costs more
     than a few seconds.
     """
     pairs = list(references)
     found = []
-    for place, section in terms(config):
+    for place, section in terms(config, at):
         reward = _build(section)
         try:
             found += [(place, section, doubt) for doubt in doubts(section, reward, pairs)]

@@ -10,11 +10,13 @@ right answer that is known beforehand; sentiment and length have none at all.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qrpo_core.rewards.base import CheckedReward, RewardRequest, read_json
+from qrpo_core.rewards.code_formats import SOLUTIONS
 from qrpo_core.rewards.config import RewardConfig
 
 #: What a model writes when it does not answer.
@@ -36,6 +38,7 @@ _ALWAYS = 0.95
 #: The share of prompts whose own answer has to score.
 _SCORES = 0.75
 _FULL = 1 - 1e-9
+_REMEDY = "set reward.extract so that it finds such an answer (null takes the kind's own rule)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Tried:
     """What a reward gave on one prompt.
 
     answer : the right one, None where none is known.
-    own, other : what that and another prompt's right answer score; None for those that were not tried.
+    own, other : what that and another prompt's right answer score; None for those that were not tried, or got
+        no score.
     """
 
     answer: str | None
@@ -117,8 +121,8 @@ def _try(config: RewardConfig, reward: CheckedReward, chosen: Sequence[tuple[str
     tried = []
     for answer, has_other in rows:
         for_constants = tuple(_value(next(scores)) for _ in constants)
-        own_score = None if answer is None else _value(next(scores))
-        tried.append(Tried(answer, own_score, _value(next(scores)) if has_other else None, for_constants))
+        own_score = None if answer is None else next(scores).reward
+        tried.append(Tried(answer, own_score, next(scores).reward if has_other else None, for_constants))
     return tried
 
 
@@ -155,7 +159,7 @@ def _right_answer_unpaid(
 ) -> Iterator[Doubt]:
     known = [row.own for row in tried if row.own is not None]
     unpaid = [place for place, row in enumerate(tried) if row.own is not None and row.own < _FULL]
-    if config.kind == "reasoning_gym" and not known and tried:
+    if config.kind == "reasoning_gym" and tried and all(row.answer is None for row in tried):
         yield Doubt(
             f"task {json.loads(chosen[0][1])['task']!r} has no answer of its own to try the reward with",
             "look at what its scorer accepts before you believe the result",
@@ -169,16 +173,16 @@ def _right_answer_unpaid(
         yield Doubt(
             f"{how}it does not pay for the right answer of {len(unpaid)} of {len(known)} prompts, such as "
             f"{answer[:80]!r}{form}",
-            "set reward.extract so that it finds such an answer (null takes the kind's own rule)",
+            _REMEDY if config.kind != "code" else "look at reward.code: its format, limits and packages",
         )
 
 
 def _answer(config: RewardConfig, reference: str) -> str | None:
     """The right answer that a reference gives, as a model would write it; None where none is known."""
+    if config.code is not None:
+        return _own_program(json.loads(reference), config.code.format)
     value = read_json(reference)
     match config.kind:
-        case "code":
-            return None
         case "reasoning_gym":
             return None if value["entry"]["answer"] is None else str(value["entry"]["answer"])
         case "exact":
@@ -186,9 +190,22 @@ def _answer(config: RewardConfig, reference: str) -> str | None:
     return value.rpartition("####")[2].strip() if isinstance(value, str) else str(value)
 
 
+def _own_program(row: dict[str, Any], form: str) -> str | None:
+    """The data set's own solution, as a completion gives it; None where the row has none."""
+    found = (row.get(key) for key in SOLUTIONS)
+    text = next((each for each in found if isinstance(each, str) and each.strip()), None)
+    if text is None or "```" in text:
+        return text
+    if form == "humaneval" and not re.search(rf"^def {re.escape(row['entry_point'])}\b", text, re.MULTILINE):
+        text = row["prompt"] + text  # the body alone, which continues the prompt
+    return f"```python\n{text}\n```"
+
+
 def _completion(config: RewardConfig, answer: str | None) -> str | None:
     """A completion that gives this answer as the extraction asks for it, behind a line of its own."""
-    if answer is None or config.extract == "whole" or (config.kind == "exact" and config.extract is None):
+    if answer is None or config.kind == "code" or config.extract == "whole":
+        return answer
+    if config.kind == "exact" and config.extract is None:
         return answer
     if config.kind == "math" and "\\boxed" not in answer:
         answer = f"So it is $\\boxed{{{answer.strip('$')}}}$."

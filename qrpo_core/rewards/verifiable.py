@@ -15,7 +15,7 @@ from qrpo_core.rewards import extract as reading
 from qrpo_core.rewards.answers import stated_expression, stated_expressions, stated_number
 from qrpo_core.rewards.base import SCORER_RAISED, RewardRequest, RowReward, Score, clip, read_json
 from qrpo_core.rewards.math_answers import for_algebra, is_quantity, is_readable, same_answer
-from qrpo_core.rewards.worker import ScorerError, Worker, WorkerDied, WorkerTimeout
+from qrpo_core.rewards.worker import ScorerError, Worker, WorkerDied, WorkerTimeout, shared_worker
 
 #: `math` looks for the answer in the last characters of a completion: math-verify's patterns take
 #: quadratic time, about 1 s on the worst 8,000 characters and 20 s on the worst 32,000.
@@ -117,7 +117,7 @@ class ReasoningGymReward(RowReward):
 
     def __init__(self, how: reading.Extract | None = None) -> None:
         self._how = how
-        self._worker = Worker("reasoning_gym")
+        self._worker = shared_worker("reasoning_gym")
 
     def check_reference(self, reference: str) -> None:
         value = read_json(reference)
@@ -155,7 +155,7 @@ class MathReward(RowReward):
     _needs_reference = True
 
     def __init__(self) -> None:
-        self._worker = Worker("math")
+        self._worker = shared_worker("math")
         self._wanted = lru_cache(maxsize=4096)(_reference_answer)
 
     def check_reference(self, reference: str) -> None:

@@ -2,8 +2,8 @@
 
 A scorer that works on what a model wrote can be sent into an endless computation (`9**9**9**9`), and a
 thread cannot be stopped. The process can: the system ends it at the limit, the row is reported, and the
-next row gets a fresh one. One process serves one reward object from any thread, a row at a time; it ends
-when the object is collected or this process ends.
+next row gets a fresh one. One process serves the reward objects of a kind from any thread, a row at a time;
+it ends when the last of them is collected or this process ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from qrpo_core.rewards import worker_main
@@ -103,6 +104,34 @@ class Worker:
         if code in (-signal.SIGXCPU, -signal.SIGALRM):
             return WorkerTimeout(f"the scorer took more than {LIMIT}")
         return WorkerDied(f"the scoring process ended with status {code}")
+
+
+_SHARED: weakref.WeakValueDictionary[str, Worker] = weakref.WeakValueDictionary()
+_KEPT: list[Worker] = []
+_keeping = 0
+
+
+def shared_worker(kind: Literal["math", "reasoning_gym"]) -> Worker:
+    """The worker of this kind that other reward objects hold, or a new one: starting one takes seconds."""
+    worker = _SHARED.get(kind)
+    if worker is None:
+        worker = _SHARED[kind] = Worker(kind)
+    if _keeping and worker not in _KEPT:
+        _KEPT.append(worker)
+    return worker
+
+
+@contextlib.contextmanager
+def kept_workers() -> Iterator[None]:
+    """Within, a shared worker outlives the rewards that ask it: the next one need not start its own."""
+    global _keeping
+    _keeping += 1
+    try:
+        yield
+    finally:
+        _keeping -= 1
+        if not _keeping:
+            _KEPT.clear()
 
 
 def _start(folder: str) -> subprocess.Popen[str]:

@@ -39,10 +39,12 @@ _KL_PRECISION = "fp32"
 
 def sample_recipe(workspace: Workspace, policy: Policy) -> Recipe:
     """Decided by the policy, the settings of the draw and what its template is given; which engine drew a row
-    is a column."""
+    is a column. Marks of thinking that are special tokens stand in its texts, and only then in the recipe."""
     experiment = workspace.experiment
     config = recipe_fields(experiment.sampling) | {"dtype": experiment.model.dtype}
     config |= rendering(workspace, policy)
+    if shown := sorted(policy.special & workspace.thinking_marks):
+        config["shown"] = shown
     return Recipe("sample", SAMPLE_VERSION, config, {"policy": drawn_from(experiment, policy.digest)})
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 
@@ -91,6 +92,12 @@ class Chain:
     def table(self) -> pa.Table:
         """The prompts that are used, PROMPTS rows."""
         return self.found.prompts
+
+    @property
+    def doubts(self) -> Sequence[Mapping[str, Any]]:
+        """Why scorers are not to be trusted, as the check of the rows remembers it (`steps.trusted`)."""
+        checked = self.workspace.artifacts.find(self.usable)
+        return [] if checked is None else checked.facts["doubts"]
 
     def after_round(self, round_: Round) -> Round | None:
         """The next round, once the policy of this one is in the store; None after the last."""

@@ -139,7 +139,7 @@ def build_report(workspace: Workspace, chain: Chain, end: EvaluationChain) -> Ma
             before=before,
             after=after,
             training=_training_rows(data),
-            headlines=headlines(Finished(workspace.experiment, found, made, result, copied)),
+            headlines=headlines(Finished(workspace.experiment, found, made, result, copied, chain.doubts)),
             diagnostics=data.diagnostics,
             history=_history(workspace, [each.train for each in made]),
             stages=[

@@ -2,8 +2,8 @@
 
 To add one, write a function from `Finished` to headlines and put it into `_SOURCES`. It reads what manifests
 hold (`facts`) and the evaluation, computes nothing, and gives nothing where there is nothing to say. The
-report shows them, so what it reads must be an input of the report's recipe: prompts, the rounds' artifacts,
-the evaluation.
+report shows them, so what it reads must be an input of the report's recipe (prompts, the rounds' artifacts,
+the evaluation), or follow from such inputs, as doubts do.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qrpo_core.evaluation.summary import FEW_FAILED, percent
 from qrpo_core.steps import signal
 from qrpo_core.steps.rounds import Made
 from qrpo_core.steps.truncated import many_cut
+from qrpo_core.steps.trusted import said
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.train.names import OBJECTIVE_NAMES
 
@@ -33,6 +34,7 @@ _DECIDED = {"label": "the data set's labels", "reward": "their rewards"}
 class Finished:
     """What a finished run made, without its report. rounds : of each round, in order.
 
+    doubts : why a scorer is not to be trusted (`steps.trusted`).
     drawn : how much of the training is in what rewards after were drawn from (`steps.drawn`); None where that
         is no copy of the policy.
     """
@@ -42,6 +44,7 @@ class Finished:
     rounds: Sequence[Made]
     evaluation: EvaluationResult
     drawn: Mapping[str, Any] | None = None
+    doubts: Sequence[Mapping[str, Any]] = ()
 
 
 def headlines(finished: Finished) -> list[Headline]:
@@ -101,6 +104,12 @@ def graded_without_an_answer(finished: Finished) -> Iterator[Headline]:
                 yield Headline(severity, f"{count:,} of {total:,} training completions{where} {said[name]}.")
 
 
+def doubted_scorers(finished: Finished) -> Iterator[Headline]:
+    """Scorers that pay for anything, or not for the right answer, which the experiment goes on with."""
+    for doubt in finished.doubts:
+        yield Headline("warning" if doubt["severe"] else "note", f"{said(doubt)}; {doubt['remedy']}.")
+
+
 def tied_prompts(finished: Finished) -> Iterator[Headline]:
     """How many prompts taught nothing, where they are most of them."""
     for where, made in _rounds(finished):
@@ -147,6 +156,7 @@ _SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (
     contradicted_labels,
     unscored_rows,
     graded_without_an_answer,
+    doubted_scorers,
     tied_prompts,
     cut,
     unmoved,

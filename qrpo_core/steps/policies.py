@@ -14,6 +14,7 @@ from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
 from qrpo_core.template_clock import folder_reads_clock
+from qrpo_core.thinking_marks import special_tokens
 
 VERSION = 2
 
@@ -30,6 +31,7 @@ class Policy:
     start : the policy that training started from; None for one that was not trained here.
     adapted : whether it was trained with LoRA: then its adapters lie in `ADAPTER` of its directory.
     reads_clock : whether its chat template asks for the time.
+    special : the tokens that its tokenizer may call special.
     made : the artifact that holds it; None for one that was not trained here.
     """
 
@@ -38,6 +40,7 @@ class Policy:
     start: Policy | None = None
     adapted: bool = False
     reads_clock: bool = False
+    special: frozenset[str] = frozenset()
     made: Manifest | None = None
 
     @property
@@ -72,7 +75,9 @@ def reference(workspace: Workspace, source: ModelSource) -> Policy | None:
     """The reference policy, or None while its conversion is still to be done."""
     if source.kind == "hub":
         located = cache(lambda: source.directory)
-        return Policy(digest_json(source.identity), located, reads_clock=source.reads_clock)
+        return Policy(
+            digest_json(source.identity), located, reads_clock=source.reads_clock, special=source.special
+        )
     if not source.needs_materialising:
         return at(source.directory)
     manifest = workspace.artifacts.find(recipe(workspace, source))
@@ -88,8 +93,12 @@ def stored(workspace: Workspace, manifest: Manifest, start: Policy | None = None
 
 def at(directory: Path) -> Policy:
     """The policy of a local directory."""
-    clock = folder_reads_clock(directory)
-    return Policy(policy_digest(directory), lambda: directory, reads_clock=clock)
+    return Policy(
+        policy_digest(directory),
+        lambda: directory,
+        reads_clock=folder_reads_clock(directory),
+        special=special_tokens(directory),
+    )
 
 
 def rendering(workspace: Workspace, policy: Policy) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Everything that tokenizer, template, lengths and graders can tell of them, held-out ones too, is found here at
 once. With `prompts.on_unusable: refuse` a run that meets any ends before anything is computed; with `skip`
-they are left out of every step, and the artifact says which and why.
+they are left out of every step, and the artifact says which and why. It remembers, too, why
+rewards are not to be trusted on what is left (`steps.trusted`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +25,7 @@ from qrpo_core.errors import DataError, QRPOError
 from qrpo_core.ids import digest_json
 from qrpo_core.records import LEFT_OUT
 from qrpo_core.rewards.registry import check_references, reward_identity
-from qrpo_core.steps import policies
+from qrpo_core.steps import policies, trusted
 from qrpo_core.steps.policies import Policy
 from qrpo_core.steps.prompts import PromptTables
 from qrpo_core.steps.tables import load, to_bytes
@@ -31,7 +33,7 @@ from qrpo_core.steps.workspace import Built, Workspace
 from qrpo_core.store.artifacts import Manifest
 from qrpo_core.store.recipe import Recipe
 
-VERSION = 1
+VERSION = 2
 
 TOO_LONG = "too long for the model"
 NO_REFERENCE = "without a reference"
@@ -100,7 +102,8 @@ def recipe(workspace: Workspace, asked: Recipe, policy: Policy) -> Recipe:
 def check(
     workspace: Workspace, asked: Recipe, tables: PromptTables, progress: Progress = no_progress
 ) -> None:
-    """Raise one UnusableError for all that is known to be unusable, or if skipping it leaves too little.
+    """Raise one UnusableError for all that is known to be unusable, or if skipping it leaves too little, and
+    one ConfigError for rewards that are not to be trusted.
 
     What the tokenizer tells of a GGUF file is known once that is converted.
     """
@@ -108,13 +111,15 @@ def check(
     reference = policies.reference(workspace, source)
     if reference is None:
         problems = list(_bad_references(workspace.experiment, tables.prompts))
-    elif workspace.artifacts.find(made := recipe(workspace, asked, reference)) is not None:
+    elif (manifest := workspace.artifacts.find(made := recipe(workspace, asked, reference))) is not None:
         _check_rewards(workspace.experiment)
+        trusted.refuse(workspace.experiment, manifest.facts["doubts"])
         return
     else:
         folder = reference.directory if source.needs_materialising else source.settings
         problems = _found(workspace, made, tables, folder, progress)
     _judge(workspace.experiment, tables, problems)
+    trusted.refuse(workspace.experiment, _doubts(workspace.experiment, asked, tables, problems))
 
 
 def build(
@@ -124,12 +129,14 @@ def build(
     policy: Policy,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Commit `left_out.parquet`, LEFT_OUT rows; raises as `check` does."""
+    """Commit `left_out.parquet`, LEFT_OUT rows, and doubts about rewards as facts; raises as `check` does."""
     made = recipe(workspace, asked, policy)
 
     def make(scratch: Path) -> Built:
         problems = _found(workspace, made, tables, _settings_of(workspace, policy), progress)
         _judge(workspace.experiment, tables, problems)
+        doubts = _doubts(workspace.experiment, asked, tables, problems)
+        trusted.refuse(workspace.experiment, doubts)
         splits = _splits(tables.prompts)
         columns = [
             [each.prompt_id for each in problems],
@@ -141,7 +148,11 @@ def build(
         ]
         arrays = [pa.array(values, item.type) for values, item in zip(columns, LEFT_OUT, strict=True)]
         files = {"left_out.parquet": to_bytes(pa.table(arrays, schema=LEFT_OUT), LEFT_OUT, "left out")}
-        return files, {"rows": len(tables.prompts), "left_out": count_kinds(problems)}
+        return files, {
+            "rows": len(tables.prompts),
+            "left_out": count_kinds(problems),
+            "doubts": doubts,
+        }
 
     return workspace.make(made, make)
 
@@ -213,6 +224,14 @@ def _judge(experiment: Experiment, tables: PromptTables, problems: Sequence[Unus
         if not pc.any(pc.equal(left.prompts["split"], split)).as_py():
             lines = unusable_lines(problems)
             raise UnusableError("\n".join([f"no {split} prompt can be used: {lines[0]}", *lines[1:]]))
+
+
+def _doubts(
+    experiment: Experiment, asked: Recipe, tables: PromptTables, problems: Sequence[Unusable]
+) -> list[dict[str, Any]]:
+    """What there is to doubt of the rewards, on references that they can read."""
+    unread = (each.prompt_id for each in problems if each.kind in (NO_REFERENCE, BAD_REFERENCE))
+    return trusted.doubts(experiment, tables.prompts, unread, asked.key)
 
 
 def _found(

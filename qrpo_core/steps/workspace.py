@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrpo_core.config import Experiment, RewardConfig
-from qrpo_core.rewards.config import has_kind
+from qrpo_core.rewards.config import has_kind, marks_of
 from qrpo_core.store.artifacts import Artifacts, Manifest
 from qrpo_core.store.blocks import Blocks
 from qrpo_core.store.objects import open_objects
 from qrpo_core.store.recipe import Recipe
 from qrpo_core.template_clock import today
+from qrpo_core.thinking_marks import MARKS
 
 if TYPE_CHECKING:
     from qrpo_core.data.chat import Chat
@@ -59,8 +60,16 @@ class Workspace:
         wanted = (directory, self.day)
         if wanted not in self._chats:
             variables = self.experiment.model.chat_template_kwargs
-            self._chats[wanted] = Chat.load(directory, day=self.day, variables=variables)
+            self._chats[wanted] = Chat.load(
+                directory, day=self.day, variables=variables, marks=self.thinking_marks
+            )
         return self._chats[wanted]
+
+    @property
+    def thinking_marks(self) -> frozenset[str]:
+        """The marks of thinking that texts of completions keep: those known, and those that scorers name."""
+        scorers = (self.experiment.reward, *self.experiment.evaluation.judges.values())
+        return MARKS.union(*map(marks_of, scorers))
 
     def engine(
         self, directory: Path, *, kind: str, precision: str | None = None, adapters: Path | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from qrpo_core.data.chat import Chat
 from qrpo_core.errors import DataError, ModelError
 from qrpo_core.ids import prompt_id
+from qrpo_core.policy import load_tokenizer
+from qrpo_core.thinking_marks import THINKING, special_tokens
 
 HELLO = [{"role": "user", "content": "Hello"}]
 #: Characters that survive a trip through JSON and the tokenizer; text that looks like tokens is among them.
@@ -48,6 +50,14 @@ def ids(chat: Chat, text: str) -> list[int]:
     """What the tokenizer makes of decorated text."""
     tokens: list[int] = chat._tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokens
+
+
+def special_in(folder: Path, tokens: Sequence[str]) -> Path:
+    """The folder, whose tokenizer now calls these tokens special."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 class TestLoad:
@@ -204,6 +214,31 @@ class TestCompletions:
     def test_special_tokens_are_not_shown(self, chat: Chat) -> None:
         assert chat.decode(ids(chat, " a <|user|>b<|end|>")) == " a b"
         assert chat.decode(()) == ""
+
+    @pytest.mark.parametrize("pair", THINKING)
+    def test_marks_of_thinking_are_shown_though_special(
+        self, make_tiny_model: Make, tmp_path: Path, pair: tuple[str, str]
+    ) -> None:
+        """With other special tokens between them, which are not; and the answer gives its text back."""
+        folder = special_in(make_tiny_model(tmp_path / "model"), pair)
+        special = Chat.load(folder)
+        text = f"{pair[0]}hm{pair[1]}\n\nFine."
+        tokens = special.encode_completion(text, HELLO)
+        assert len(tokens) == len("hm\n\nFine.") + 3
+        assert special.decode(tokens) == text
+        assert (
+            special.decode(ids(special, f"{pair[0]} a<|user|>{pair[1]}b<|end|>")) == f"{pair[0]} a{pair[1]}b"
+        )
+        assert special_tokens(folder) >= set(pair)
+
+    def test_marks_that_a_reward_names_are_shown_too(self, make_tiny_model: Make, tmp_path: Path) -> None:
+        pair = ("<|reasons|>", "<|so|>")
+        folder = special_in(make_tiny_model(tmp_path / "model"), pair)
+        text = "<|reasons|>hm<|so|>Fine."
+        named = Chat.load(folder, marks=set(pair))
+        assert named.decode(named.encode_completion(text, HELLO)) == text
+        assert named.decode(ids(Chat.load(folder), text)) == text
+        assert Chat.load(folder).decode(ids(named, text)) == "hmFine."
 
 
 @pytest.mark.slow

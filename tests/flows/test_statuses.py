@@ -106,11 +106,12 @@ def test_programs_that_are_ended_and_tests_that_cannot_be_asked(
 def test_a_harness_that_fails_gives_no_score(server: PrefectServer, long_model: Path, tmp_path: Path) -> None:
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
-    both = program("def apply(f, x):", "    return x + 1", "def one():", "    return 1")
+    half = program("def one():", "    return 1")
+    both = program("def one():", "    return 1", "def apply(f, x):", "    return x + 1", "two = one")
     reward = {"kind": "code", "code": {"format": "mbpp", "seconds_per_test": 1.0}}
     # What the test passes cannot be sent to another process; a text without a program asks for nothing.
-    answers = [both, "No program.", "None either."]
-    columns = {"test_list": ["assert apply(lambda x: x + 1, one()) == 2"]}
+    answers = [both, half, "No program."]
+    columns = {"test_list": ["assert one() == 1", "assert apply(lambda x: x + 1, two()) == 2"]}
     check(experiment(long_model, tmp_path, answers, reward, **columns), {"ok": 2, "sandbox_error": 1})
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
 from typing import Any
 
 import pytest
 
 from qrpo_core.config import RewardConfig
+from qrpo_core.rewards import worker
 from qrpo_core.rewards.base import RewardRequest
-from qrpo_core.rewards.registry import make_reward, reward_doubts
+from qrpo_core.rewards.registry import check_references, make_reward, reward_doubts
+
+needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
 def problems(config: dict[str, Any], references: list[Any]) -> list[str]:
@@ -77,6 +82,53 @@ def test_an_extraction_that_cannot_find_the_right_answer_is_named_with_its_term(
     (problem,) = problems({"kind": "weighted", "terms": terms}, ["Paris", "Rome", "Bern", "Wien"])
     assert problem.startswith("reward.terms.1.reward: with extract 'last_number' it does not pay")
     assert "'Paris'" in problem
+
+
+def solved(number: int, **columns: str) -> dict[str, Any]:
+    test = f"def check(candidate):\n    assert candidate(2) == {2 * number}\n"
+    return {"prompt": "def times(x):\n    '''Times.'''\n", "entry_point": "times", "test": test, **columns}
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    ("form", "column", "program"),
+    [
+        ("humaneval", "canonical_solution", "    return {} * x\n"),
+        ("humaneval", "canonical_solution", "def times(x):\n    return {} * x\n"),
+        ("leetcode", "completion", "Here:\n```python\ndef times(x):\n    return {} * x\n```"),
+    ],
+)
+def test_a_program_is_tried_by_the_data_sets_own_solution(form: str, column: str, program: str) -> None:
+    code = {"kind": "code", "code": {"format": form}}
+    rows = [solved(number, **{column: program.format(number)}) for number in range(2, 6)]
+    assert problems(code, rows) == []
+    wrong = [solved(number, **{column: program.format(number + 1)}) for number in range(2, 6)]
+    (problem,) = problems(code, wrong)
+    assert "does not pay for the right answer of 4 of 4 prompts" in problem
+    assert problems(code, [solved(number) for number in range(2, 6)]) == []  # no solution, nothing to try
+
+
+@needs_bwrap
+def test_tests_that_wrong_programs_pass_are_named() -> None:
+    loose = {"test": "def check(candidate):\n    assert candidate(2) > 0\n"}
+    rows = [solved(n, canonical_solution=f"    return {n} * x\n") | loose for n in range(2, 6)]
+    (problem,) = problems({"kind": "code", "code": {"format": "humaneval"}}, rows)
+    assert "another prompt's answer on 4 of 4" in problem
+
+
+def test_the_scorers_of_a_check_share_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    real = worker._start
+    monkeypatch.setattr(worker, "_start", lambda folder: started.append(folder) or real(folder))
+    terms = [{"weight": 1, "reward": {"kind": "math"}}, {"weight": 1, "reward": {"kind": "math"}}]
+    config = RewardConfig(kind="weighted", terms=terms)
+    pairs = [(f"p{row}", json.dumps(f"\\sqrt{{{row}}} + x")) for row in range(2, 6)]
+    with worker.kept_workers():
+        assert not check_references(config, pairs)
+        assert not reward_doubts(config, pairs)
+    assert len(started) == 1
+    gc.collect()
+    assert not worker._SHARED.get("math")
 
 
 def test_kinds_without_a_right_answer_are_not_tried() -> None:

@@ -16,8 +16,10 @@ import pytest
 from qrpo_core import template_clock
 from qrpo_core.errors import ModelError
 from qrpo_core.experiments import parse_experiment
+from qrpo_core.policy import load_tokenizer
 from qrpo_core.preflight import check
-from qrpo_core.steps import prompts
+from qrpo_core.steps import policies, prompts
+from qrpo_core.steps.blocks import sample_recipe
 from qrpo_core.steps.chain import Chain, budget_recipes, stored_chain
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store import artifacts
@@ -143,6 +145,30 @@ def test_variables_of_the_template_are_part_of_what_they_decide(
     assert kind.first.row_steps[0].recipe.config["chat_template_kwargs"] == {"tone": "Dear"}
     chat = kind.workspace.chat(kind.reference.directory)
     assert chat.decode(chat.prompt_token_ids([{"role": "user", "content": "Hi"}])) == "HiDear"
+
+
+def test_marks_of_thinking_that_are_special_tokens_are_named_by_the_samples(
+    settings: dict[str, Any], make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Their texts hold the marks; where no mark is a special token, the recipe is as it was."""
+
+    def config_of(reward: dict[str, Any]) -> dict[str, Any]:
+        workspace = Workspace(parse_experiment(changed | {"reward": reward}))
+        reference = policies.reference(workspace, policies.source_of(workspace))
+        assert reference is not None
+        return sample_recipe(workspace, reference).config
+
+    changed = settings
+    length = {"kind": "length", "max_words": 5}
+    assert "shown" not in config_of(length)
+    folder = make_tiny_model(tmp_path / "thinking")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<|so|>"]})
+    tokenizer.save_pretrained(folder)
+    changed = settings | {"model": {"path": str(folder)}}
+    assert config_of(length)["shown"] == ["[/THINK]", "[THINK]"]
+    own = {"open": "<|because|>", "close": "<|so|>"}
+    assert config_of(length | {"thinking": own})["shown"] == ["<|so|>", "[/THINK]", "[THINK]"]
 
 
 def test_two_time_zones_make_one_set_of_rows(dated: dict[str, Any], steps: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from qrpo_core.explain import explain
 from qrpo_core.inventory.uses import known_chain
 from qrpo_core.plan import plan
 from qrpo_core.show import plan_lines
-from qrpo_core.steps import policies, prompts, usable
+from qrpo_core.steps import policies, prompts, trusted, usable
 from qrpo_core.steps.chain import stored_chain, stored_reference
 from qrpo_core.steps.evaluation import unusable_rows
+from qrpo_core.steps.headlines import doubted_scorers
 from qrpo_core.steps.workspace import Workspace
 from tests.conftest import TEMPLATE
 
@@ -272,6 +274,40 @@ def test_a_reward_that_pays_for_a_constant_is_refused_before_anything_is_sampled
     exact = {**settings, "reward": {"kind": "exact"}}
     with pytest.raises(ConfigError, match=r"exact \[reward\].*constant answer 'yes' on 12 of 12"):
         preflight.check(Workspace(steps.changed(exact)))
-    warned = {**settings, "reward": {"kind": "exact", "trust": "warn"}}
+    assert not list(Workspace(steps.changed(exact)).artifacts.manifests())
+
+
+def test_what_is_to_be_said_against_a_reward_is_found_once_and_a_headline(
+    steps: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"prompt": f"Is {n} odd?", "answer": "yes"}) + "\n" for n in range(12)]
+    (tmp_path / "questions.jsonl").write_text("".join(lines))
+    warned = steps.changed({**settings, "reward": {"kind": "exact", "trust": "warn"}})
     with pytest.warns(UserWarning, match="constant answer 'yes'"):
-        preflight.check(Workspace(steps.changed(warned)))
+        preflight.check(Workspace(warned))
+    with monkeypatch.context() as patch:
+        patch.setattr(trusted, "reward_doubts", lambda *_: pytest.fail("tried again in one process"))
+        with pytest.warns(UserWarning, match="constant answer 'yes'"):
+            build(Workspace(warned))
+    monkeypatch.setattr(trusted, "_FOUND", {})
+    monkeypatch.setattr(trusted, "reward_doubts", lambda *_: pytest.fail("tried again at a start"))
+    with pytest.warns(UserWarning, match="constant answer 'yes'"):
+        preflight.check(Workspace(warned))
+    with pytest.raises(ConfigError, match=r"exact \[reward\].*constant answer 'yes' on 12 of 12"):
+        preflight.check(Workspace(steps.changed({**settings, "reward": {"kind": "exact"}})))
+    found = stored_chain(Workspace(warned)).doubts
+    finished = SimpleNamespace(doubts=found)
+    (line,) = doubted_scorers(finished)  # type: ignore[arg-type]
+    assert str(line).startswith(
+        "Warning: exact [reward]: it pays the full score for the constant answer 'yes'"
+    )
+
+
+def test_doubts_about_a_judge_name_it(steps: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"Is {n} odd?", "answer": "yes"}) + "\n" for n in range(12)]
+    (tmp_path / "questions.jsonl").write_text("".join(lines))
+    judged = {**settings, "reward": {"kind": "length", "max_words": 3}}
+    judged["evaluation"] = {"judges": {"strict": {"kind": "exact"}}}
+    judged["prompts"] = {**settings["prompts"], "held_out": 0.5}
+    with pytest.raises(ConfigError, match=r"exact \[evaluation.judges.strict\].*constant answer 'yes'"):
+        preflight.check(Workspace(steps.changed(judged)))
