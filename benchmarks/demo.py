@@ -28,7 +28,7 @@ _PROGRESS = re.compile(r": [\d,]+ of [\d,]+ (rows|steps)|^align |^\s*$")
 
 
 def qrpo(verb: str, overrides: list[str], home: Path, store: Path) -> dict[str, Any]:
-    """One command: its lines on standard output, its seconds, and those of the processors, children included."""
+    """One command: its lines on standard output, its seconds, and processor seconds with its children's."""
     command = [sys.executable, "-m", "flows.cli", verb, DEMO, "--set", f"store.path={store}"]
     for override in overrides:
         command += ["--set", override]

@@ -179,7 +179,10 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
         """As transformers does, whose warm-up begins at 0: an only step has none, or nothing would move."""
         if num_training_steps == 1:
             self.args.warmup_steps = 0
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler: torch.optim.lr_scheduler.LRScheduler = super().create_scheduler(
+            num_training_steps, optimizer
+        )
+        return scheduler
 
     def num_examples(self, dataloader: Any) -> int:
         """Items of an epoch."""
