@@ -53,7 +53,7 @@ def written(
     """
     quoted = repr(clip(text, _WIDEST_ANSWER))
     plain = _without_thinking(_with_ascii_digits(text))
-    scores = _matched(plain, pattern) if pattern is not None else stated(plain, quoted)
+    scores = _matched(plain, pattern) if pattern is not None else stated(plain, quoted, lowest, highest)
     if not scores and pattern is None and not cut:
         scores = given(plain, lowest, highest)
     if cut:

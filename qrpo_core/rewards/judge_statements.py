@@ -78,12 +78,16 @@ class Written:
     end: int
 
 
-def stated(text: str, quoted: str) -> list[Written]:
+def stated(text: str, quoted: str, lowest: int, highest: int) -> list[Written]:
     """The statements of the most final kind. Raises Unreadable where one of them states no integer."""
+    scale = re.compile(rf"{lowest}\s?(?:-|\u2013|to)\s?{highest}\b")
     for form, labelled in zip(_STATED, _LABELLED, strict=True):
         found = list(form.finditer(text))
         places = {match.start() for match in found}
-        if any(match.start() not in places for match in labelled.finditer(text)):
+        if any(
+            match.start() not in places and not scale.match(text, match.end())
+            for match in labelled.finditer(text)
+        ):
             raise Unreadable(f"a score that is no integer is stated in the answer {quoted}")
         if found:
             return [as_written(match, str(match.lastgroup)) for match in found]

@@ -63,6 +63,14 @@ def test_the_readme_names_only_files_that_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_cases_name_tests_that_exist() -> None:
+    named = re.findall(
+        r"`((?:core|flows|deployments)/[^`]*)`", (ROOT / "docs" / "cases.md").read_text("utf-8")
+    )
+    assert len(named) > 15
+    assert [path for path in named if not (ROOT / "tests" / path).is_file()] == []
+
+
 def test_no_python_file_is_longer_than_350_lines() -> None:
     files = [path for top in ("flows", "tasks", "qrpo_core") for path in (ROOT / top).rglob("*.py")]
     long = {str(path): count for path in files if (count := len(path.read_text().splitlines())) > 350}

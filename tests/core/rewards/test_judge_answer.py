@@ -51,6 +51,7 @@ from qrpo_core.rewards.judge_statements import Unreadable
         ("3 of 4 claims hold. My rating is 7.", 7),
         ("3 of 4 claims hold. My rating would be 7.", 7),
         ("The maximum score is 10. I give 7", 7),
+        ("Rating: 1-10\nScore: 7", 7),
         ("There are 3 faults. I'd give it 7/10.", 7),
         ("It makes 3 claims. I would rate it a 7.", 7),
         ("It makes 3 claims. I give it a score of 7 out of 10.", 7),
