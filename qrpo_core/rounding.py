@@ -8,13 +8,14 @@ mean, and so are the log-probs (measured: benchmarks/results/saved_precision.jso
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qrpo_core.errors import StoreError
 from qrpo_core.ids import rounding_seed
 from qrpo_core.policy import POLICY_FILES, WEIGHT_FILES, policy_digest
 from qrpo_core.store.artifacts import cache_directory
@@ -76,23 +77,61 @@ def engine_directory(directory: Path, dtype: str) -> Path:
     """What an engine loads that computes in `dtype`: the directory, or its rounded copy in the cache.
 
     The copy is made where `dtype` is bfloat16 and the directory holds more than that; loading such a
-    directory as bfloat16 would round to the nearest. It is made once a policy, and whole by construction:
-    renamed into place. A model that is quantised already is loaded as it is.
+    directory as bfloat16 would round to the nearest. It is made once a policy, by one run while others wait,
+    and made again where files of it are gone. A model that is quantised already is loaded as it is.
+
+    Raises StoreError where the cache cannot hold it.
     """
+    from safetensors import SafetensorError
+
     if dtype != "bfloat16" or not _holds_more(directory):
         return directory
     kept = cache_directory() / "rounded" / f"{policy_digest(directory)}-bfloat16-{VERSION}"
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            made = Path(scratch) / "policy"
-            write_bfloat16(directory, made)
-            try:
-                made.rename(kept)
-            except OSError:
-                if not kept.is_dir():  # another run that finished first is as good
-                    raise
+    if not _whole(kept, directory):
+        try:
+            _make(directory, kept)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"cannot write the bfloat16 copy of a policy that the engine loads: {error}",
+                where=str(kept),
+                remedy="make room there, set QRPO_CACHE to another folder, or set model.dtype: float32",
+            ) from None
     return kept
+
+
+def _make(directory: Path, kept: Path) -> None:
+    """Write a copy beside its place and rename it; what a killed run left there goes first."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_name(f"{kept.name}.part")
+    with kept.with_name(f"{kept.name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process
+        if _whole(kept, directory):
+            return
+        for left in (part, kept):
+            if left.exists():
+                shutil.rmtree(left)
+        try:
+            write_bfloat16(directory, part)
+            part.rename(kept)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _whole(kept: Path, directory: Path) -> bool:
+    """Whether a copy has every file of its policy, and its weights all their bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    if not kept.is_dir() or [path.name for path in _policy_files(kept)] != [
+        path.name for path in _policy_files(directory)
+    ]:
+        return False
+    try:
+        for path in kept.glob("*.safetensors"):
+            with safe_open(path, "pt"):  # compares what the head says with the size
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return True
 
 
 def _policy_files(directory: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrpo_core.config import TrainingConfig, recipe_fields
+from qrpo_core.errors import StoreError
 from qrpo_core.steps.policies import Policy, folder_files
 from qrpo_core.steps.targets import derive
 from qrpo_core.steps.workspace import Built, Workspace
@@ -81,10 +83,16 @@ def build(
         return files, facts | {"saved": saved}
 
     made = workspace.make(asked, make)
-    shutil.rmtree(
-        work_directory(asked), ignore_errors=True
-    )  # its checkpoints, now that the policy is committed
+    _clear(work_directory(asked))
     return made
+
+
+def _clear(work: Path) -> None:
+    """Delete what a training kept, now that its policy is committed, or leave it to a run that uses it."""
+    from qrpo_core.train.launch import alone
+
+    with contextlib.suppress(StoreError), alone(work / "lock", patience=0):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def work_directory(asked: Recipe) -> Path:

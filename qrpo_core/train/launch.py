@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qrpo_core import errors
 from qrpo_core.config import ObjectiveConfig, TrainingConfig
@@ -196,22 +196,33 @@ def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
     The lock goes with the process, so a kill leaves none behind. What a killed run started may outlive it for
     a moment, hence the patience.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
-    with lock.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StoreError(
-                        "another run is training this policy",
-                        where=str(lock.parent),
-                        remedy="wait until it has ended, then run again: what it has made is used",
-                    ) from None
-                time.sleep(0.1)
+    while (file := _locked(lock)) is None:
+        if time.monotonic() > deadline:
+            raise StoreError(
+                "another run is training this policy",
+                where=str(lock.parent),
+                remedy="wait until it has ended, then run again: what it has made is used",
+            )
+        time.sleep(0.1)
+    with file:
         yield
+
+
+def _locked(lock: Path) -> BinaryIO | None:
+    """The lock file, held; None while another process holds it, or has just deleted it with its folder."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = None
+    try:
+        file = lock.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    if file is not None:
+        file.close()
+    return None
 
 
 _NUMBERS = ("target", "beta", "ref_logprob", "reward")

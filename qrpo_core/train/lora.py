@@ -120,10 +120,14 @@ def check_source(source: ModelSource, training: TrainingConfig) -> None:
 def check_targets(model: Any, targets: tuple[str, ...]) -> None:
     """Refuse targets that cannot have adapters here: ConfigError names the layer and what to give instead.
 
-    A name that is no layer; a layer of a kind that has no low-rank adapters; the output head, from whose
-    plain weight log-probs are computed; a layer whose weight another one shares (tied embeddings): merged,
-    the adapter would be in both, and the policy another one than that which was trained.
+    all-linear beside other names, which peft would take for the name of a layer; a name that is none; a layer
+    of a kind that has no low-rank adapters; the output head, from whose plain weight log-probs are computed;
+    a layer whose weight another one shares (tied embeddings): merged, the adapter would be in both, and the
+    policy another one than that which was trained.
     """
+    if _ALL in targets and len(targets) > 1:
+        others = ", ".join(sorted({*targets} - {_ALL}))
+        raise _refused(model, f"training.lora_targets names {_ALL} beside {others or 'itself'}")
     known = dict(model.named_modules())
     picked = {name: target for target in targets for name in _matched(model, known, target)}
     head = model.get_output_embeddings()

@@ -28,7 +28,7 @@ from qrpo_core.policy import load_model, load_tokenizer, policy_digest
 from qrpo_core.train.checkpoints import Checkpoints, from_first, newest
 from qrpo_core.train.launch import alone, launch, require_deepspeed
 from qrpo_core.train.lora import add_adapters
-from qrpo_core.train.saving import Trained, in_memory, keep, kept, save
+from qrpo_core.train.saving import Trained, check_tokenizer, in_memory, keep, kept, save
 from qrpo_core.train.survival import Outcome, chosen_rows, float32_logprobs
 from qrpo_core.train.trainer import QRPOTrainer
 
@@ -138,6 +138,8 @@ def _train(
     checkpoint = from_first(newest(work, facts) if first else None, arguments)
     transformers_logging.disable_progress_bar()  # the stage has a bar of its own
     set_seed(training.seed)
+    if first:
+        check_tokenizer(directory, rows)
     policy = load_model(directory, "float32")
     if training.lora_rank is not None:
         policy = add_adapters(policy, training)

@@ -7,21 +7,25 @@ that a refusal, or a kill on the way, costs no training: another `training.save_
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from qrpo_core.config import TrainingConfig
 from qrpo_core.data.collator import Example
 from qrpo_core.engines.numerics import dtype_name, pick_device
-from qrpo_core.errors import ModelError, ObjectiveError
+from qrpo_core.errors import ModelError, ObjectiveError, StoreError
 from qrpo_core.policy import load_model, load_tokenizer
 from qrpo_core.rounding import write_bfloat16
 from qrpo_core.train.checkpoints import drop_checkpoints, seal, whole
@@ -35,6 +39,19 @@ from qrpo_core.train.survival import (
 
 TRAINED = "trained"
 _POLICY, _ADAPTER, _TOLD = "policy", "adapter", "trained.json"
+
+
+@contextlib.contextmanager
+def _told(work: Path) -> Iterator[None]:
+    """A disk that is full, or the like, as a StoreError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"cannot write the trained policy: {error}",
+            where=str(work),
+            remedy="make room there and in the temporary folder, and run again: what is whole is used",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -78,14 +95,20 @@ def keep(
     _fill(policy, weights)
     if logprobs is None:
         logprobs = float32_logprobs(policy, rows, torch.device("cpu"), training.temperature or 1.0)
-    if training.lora_rank is not None:
-        save_adapters(policy, folder / _POLICY / _ADAPTER)
-        policy = merge(policy)
-    policy.save_pretrained(folder / _POLICY)
-    load_tokenizer(directory).save_pretrained(folder / _POLICY)
+    if not np.isfinite(logprobs).all():
+        raise ObjectiveError(
+            "log-probs of the trained policy are not finite: training diverged",
+            remedy="lower training.learning_rate",
+        )
     done = Trained(history, list(logprobs))
-    (folder / _TOLD).write_text(json.dumps(dataclasses.asdict(done)), encoding="utf-8")
-    seal(folder, facts)
+    with _told(work):
+        if training.lora_rank is not None:
+            save_adapters(policy, folder / _POLICY / _ADAPTER)
+            policy = merge(policy)
+        policy.save_pretrained(folder / _POLICY)
+        load_tokenizer(directory).save_pretrained(folder / _POLICY)
+        (folder / _TOLD).write_text(json.dumps(dataclasses.asdict(done)), encoding="utf-8")
+        seal(folder, facts)
     drop_checkpoints(work)
     return done
 
@@ -109,8 +132,8 @@ def save(
 
     logprobs : of the rows under the policy in memory. directory : of the starting policy.
 
-    Raises ModelError where the training did not survive; `out` is then empty, and what `keep` left is still
-    there.
+    Raises ModelError where the training did not survive or the tokenizer is another one, StoreError where
+    `out` cannot be written; what `keep` left is still there.
     """
     trained, dtype = work / TRAINED / _POLICY, training.save_dtype
     adapted, temperature = (trained / _ADAPTER).is_dir(), training.temperature or 1.0
@@ -123,21 +146,52 @@ def save(
     start, saved = scores(directory, None), scores(trained, "float32")
     require_same(start, logprobs, saved, adapted=adapted)
     shutil.rmtree(out, ignore_errors=True)
-    if dtype == "float32":
-        shutil.copytree(trained, out, copy_function=_link)
-    else:
-        write_bfloat16(trained, out)
-        if adapted:
-            shutil.copytree(trained / _ADAPTER, out / _ADAPTER)
+    with _told(work):
+        if dtype == "float32":
+            shutil.copytree(trained, out, copy_function=_link)
+        else:
+            write_bfloat16(trained, out)
+            for folder in filter(Path.is_dir, trained.iterdir()):  # adapters, further chat templates
+                shutil.copytree(folder, out / folder.name)
+    if dtype != "float32":
         saved = scores(out, dtype)
     tokens = [([int(i) for i in row.prompt_token_ids], [int(i) for i in row.token_ids]) for row in rows]
     scored = ScoredRows(dtype, temperature, tokens, start, list(logprobs), saved)
     try:
+        require_same_tokenizer(directory, out, rows)
         require_share(scored)
     except ModelError:
         shutil.rmtree(out)
         raise
     return scored
+
+
+def check_tokenizer(directory: Path, rows: Sequence[Example]) -> None:
+    """`require_same_tokenizer` of what `keep` will write, before it costs a training."""
+    with tempfile.TemporaryDirectory() as scratch:
+        load_tokenizer(directory).save_pretrained(scratch)
+        require_same_tokenizer(directory, Path(scratch), rows)
+
+
+def require_same_tokenizer(directory: Path, written: Path, rows: Sequence[Example]) -> None:
+    """Refuse a tokenizer, chat template included, that is written as another. ModelError.
+
+    directory : of the starting policy. rows : the texts on which both are compared, in both directions.
+    """
+    ours, theirs = load_tokenizer(directory), load_tokenizer(written)
+    different = "the chat template" if ours.chat_template != theirs.chat_template else ""
+    for row in rows:
+        tokens = [int(token) for token in (*row.prompt_token_ids, *row.token_ids)]
+        text = ours.decode(tokens)
+        again = [each.encode(text, add_special_tokens=False) for each in (ours, theirs)]
+        if theirs.decode(tokens) != text or again[0] != again[1]:
+            different = f"the tokens of {text[:80]!r}"
+    if different:
+        raise ModelError(
+            f"the tokenizer is another one once it is saved: {different} differ",
+            where=str(directory),
+            remedy="give a directory whose tokenizer save_pretrained has written",
+        )
 
 
 def in_memory(model: Any) -> Any:
@@ -154,10 +208,11 @@ def in_memory(model: Any) -> Any:
 def _as_loaded(directory: Path, dtype: str) -> Any:
     """A saved policy as from_pretrained loads it by default, which must be in `dtype`."""
     model = load_model(directory, "auto")
-    found = sorted({dtype_name(weight.dtype) for weight in model.parameters()})
-    if found != [dtype]:
+    # Of the model, not of its weights: some classes keep a few in float32 (the router of Ernie 4.5).
+    found = dtype_name(model.config.dtype)
+    if found != dtype:
         raise ModelError(
-            f"the saved policy loads in {' and '.join(found)}, not in {dtype}",
+            f"the saved policy loads in {found}, not in {dtype}",
             where=str(directory / "config.json"),
             remedy="report this: save_pretrained wrote another dtype than that of the weights",
         )

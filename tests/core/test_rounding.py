@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from qrpo_core.engines.hf import TransformersEngine
+from qrpo_core.errors import StoreError
 from qrpo_core.policy import load_model, load_tokenizer
 from qrpo_core.rounding import engine_directory, stochastic_bfloat16, write_bfloat16
 
@@ -116,7 +120,60 @@ def test_an_engine_gets_a_copy_only_where_it_would_round(float32_policy: Path, t
     assert engine_directory(float32_policy, "bfloat16") == copy
     assert (copy / "config.json").stat().st_mtime_ns == made, "made once"
     assert engine_directory(copy, "bfloat16") == copy, "what is on the grid is loaded as it is"
-    assert not list(copy.parent.glob("tmp*"))
+    assert not list(copy.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize("damage", ["a file is gone", "weights are cut off", "killed while writing"])
+def test_a_copy_that_is_not_whole_is_made_again(float32_policy: Path, damage: str) -> None:
+    copy = engine_directory(float32_policy, "bfloat16")
+    expected = {path.name: path.read_bytes() for path in copy.iterdir()}
+    weights = max(copy.glob("*.safetensors"))
+    part = copy.with_name(f"{copy.name}.part")
+    if damage == "a file is gone":
+        (copy / "tokenizer.json").unlink()
+    elif damage == "weights are cut off":
+        weights.write_bytes(expected[weights.name][:-1])
+    else:
+        copy.rename(part)
+        (part / "config.json").unlink()
+        (part / "of a run before").write_bytes(b"")
+    assert engine_directory(float32_policy, "bfloat16") == copy
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == expected
+    assert not part.exists()
+
+
+def test_runs_that_need_the_same_copy_at_once_make_it_once(
+    float32_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QRPO_CACHE", str(tmp_path / "cache"))
+    made: list[Path] = []
+
+    def slowly(directory: Path, out: Path) -> None:
+        made.append(out)
+        write_bfloat16(directory, out)
+
+    monkeypatch.setattr("qrpo_core.rounding.write_bfloat16", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: engine_directory(float32_policy, "bfloat16"), range(4)))
+    assert len(set(found)) == len(made) == 1
+
+
+def test_a_cache_that_cannot_hold_the_copy_is_named(
+    float32_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QRPO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StoreError, match=r"cannot write the bfloat16 copy .*QRPO_CACHE"):
+        engine_directory(float32_policy, "bfloat16")
+    monkeypatch.setenv("QRPO_CACHE", str(tmp_path / "cache"))
+
+    def full(*given: Any, **named: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        engine_directory(float32_policy, "bfloat16")
+    assert not [path for path in (tmp_path / "cache" / "rounded").iterdir() if path.is_dir()]
 
 
 def test_a_quantised_model_is_left_alone(float32_policy: Path) -> None:

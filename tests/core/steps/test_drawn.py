@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from qrpo_core.steps.chain import Chain, stored_chain
 from qrpo_core.steps.drawn import drawn_copy
 from qrpo_core.steps.workspace import Workspace
 from qrpo_core.store.artifacts import Manifest
+from qrpo_core.train.launch import alone
 from qrpo_core.train.survival import ScoredRows
 
 
@@ -167,6 +169,26 @@ def test_a_refused_policy_is_saved_otherwise_without_training_again(
     assert seen == []
     assert made.facts["steps"] == len(json.loads(chain.workspace.artifacts.read(made, "history.json"))) > 0
     assert made.facts["saved"]["share"] == pytest.approx(1, abs=0.01)
+
+
+def test_what_another_run_trains_in_is_left_to_it(
+    steps: Any, asked: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one saves the same training in another precision, while this one commits its policy."""
+    chain, _ = steps.precompute(asked())
+    work = training.work_directory(chain.first.train)
+    make = Workspace.make
+    with contextlib.ExitStack() as other:
+
+        def overtaken(workspace: Workspace, *given: Any) -> Manifest:
+            made = make(workspace, *given)
+            other.enter_context(alone(work / "lock"))
+            return made
+
+        monkeypatch.setattr(Workspace, "make", overtaken)
+        data = chain.workspace.artifacts.get(chain.first.training_set)
+        training.build(chain.workspace, chain.first.train, data, chain.first.start)
+        assert (work / "trained").is_dir()
 
 
 def test_two_precisions_are_two_policies_of_one_training(

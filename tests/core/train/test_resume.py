@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -189,3 +191,25 @@ def test_two_runs_do_not_train_in_one_directory(tmp_path: Path) -> None:
         pass
     with alone(lock, patience=0):
         pass
+
+
+def test_who_waits_for_a_lock_that_is_deleted_holds_the_one_after_it(tmp_path: Path) -> None:
+    """A run that has committed its policy deletes its work directory while another waits for it."""
+    lock = tmp_path / "work" / "lock"
+    entered, go_on = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with alone(lock):
+            entered.set()
+            go_on.wait(60)
+
+    waiting = threading.Thread(target=second)
+    with alone(lock):
+        waiting.start()
+        assert not entered.wait(0.3)
+        shutil.rmtree(lock.parent)
+    assert entered.wait(60)
+    with pytest.raises(StoreError, match="another run"), alone(lock, patience=0):
+        pass
+    go_on.set()
+    waiting.join()

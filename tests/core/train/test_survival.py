@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qrpo_core.config import ObjectiveConfig, TrainingConfig
 from qrpo_core.data.collator import Example, Pair
-from qrpo_core.errors import ConfigError, ModelError
+from qrpo_core.errors import ConfigError, ModelError, ObjectiveError, StoreError
 from qrpo_core.policy import load_model, load_tokenizer
 from qrpo_core.train.lora import check_targets
 from qrpo_core.train.run import train_policy
@@ -296,6 +296,80 @@ def test_targets_that_cannot_have_adapters_are_named(
         check_targets(model, ("q_proj", target))
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(error.value.remedy)
     assert "lm_head" not in str(error.value.remedy)
+
+
+@pytest.mark.parametrize("targets", [("all-linear", "q_proj"), ("embed_tokens", "all-linear")])
+def test_all_linear_beside_other_names_is_refused(tiny_model: Path, targets: tuple[str, ...]) -> None:
+    """peft would take it for a name that it does not find, and train the others alone."""
+    with pytest.raises(ConfigError, match=r"names all-linear beside .*give all-linear alone"):
+        check_targets(load_model(tiny_model, "float32"), targets)
+
+
+def test_a_training_that_diverged_says_so(tiny_model: Path, train: Train, tmp_path: Path) -> None:
+    for training in ({}, {"lora_rank": 4}):
+        with pytest.raises(ObjectiveError, match=r"not finite: training diverged.*learning_rate"):
+            train(tiny_model, items=examples(4), learning_rate=1e20, **training)
+        assert not (tmp_path / "work" / TRAINED).exists()
+
+
+def test_a_class_that_keeps_some_weights_in_float32_is_saved_in_bfloat16(
+    saved_model: Callable[..., Path], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"gate_proj"})
+    scored = train(saved_model(), save_dtype="bfloat16").scored
+    assert scored is not None
+    assert scored.survival.share == pytest.approx(1, abs=0.1)
+    kinds = {str(weight.dtype) for weight in load_model(tmp_path / "one", "auto").parameters()}
+    assert kinds == {"torch.bfloat16", "torch.float32"}
+
+
+@pytest.mark.parametrize("swapped", ["template", "tokens"])
+def test_a_tokenizer_that_is_saved_as_another_is_refused_before_training(
+    tiny_model: Path, train: Train, tmp_path: Path, swapped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast.save_pretrained
+
+    def other(self: Any, folder: Any, **named: Any) -> Any:
+        found = plain(self, folder, **named)
+        if swapped == "template":
+            (Path(folder) / "chat_template.jinja").write_text("{{ messages }}")
+        else:
+            path = Path(folder) / "tokenizer.json"
+            core = json.loads(path.read_text())
+            vocabulary = core["model"]["vocab"]
+            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+            path.write_text(json.dumps(core))
+        return found
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", other)
+    seen: list[int] = []
+    with pytest.raises(ModelError, match="the tokenizer is another one once it is saved"):
+        train(tiny_model, on_step=lambda step, *_: seen.append(step))
+    assert not seen
+    monkeypatch.setattr("qrpo_core.train.run.check_tokenizer", lambda *given: None)
+    with pytest.raises(ModelError, match="the tokenizer is another one once it is saved"):
+        train(tiny_model)
+    assert not (tmp_path / "one").exists()
+    assert (tmp_path / "work" / TRAINED).is_dir(), "the training is kept"
+
+
+def test_a_disk_that_is_full_is_told_and_costs_no_training(
+    tiny_model: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("qrpo_core.train.saving.write_bfloat16", full)
+        with pytest.raises(StoreError, match=r"cannot write the trained policy: .*No space left"):
+            train(tiny_model, save_dtype="bfloat16", on_step=lambda step, *_: seen.append(step))
+    train(tiny_model, save_dtype="bfloat16", on_step=lambda step, *_: seen.append(step))
+    assert seen == [1, 2, 3]
 
 
 @pytest.mark.parametrize("tied", [True, False])
