@@ -102,7 +102,7 @@ def test_a_program_is_tried_by_the_data_sets_own_solution(form: str, column: str
     code = {"kind": "code", "code": {"format": form}}
     rows = [solved(number, **{column: program.format(number)}) for number in range(2, 6)]
     assert problems(code, rows) == []
-    wrong = [solved(number, **{column: program.format(number + 1)}) for number in range(2, 6)]
+    wrong = [solved(number, **{column: program.format(number + 7)}) for number in range(2, 6)]
     (problem,) = problems(code, wrong)
     assert "does not pay for the right answer of 4 of 4 prompts" in problem
     assert problems(code, [solved(number) for number in range(2, 6)]) == []  # no solution, nothing to try
