@@ -60,6 +60,16 @@ def trained_on(finished: Finished) -> Iterator[Headline]:
         yield Headline("note", f"{text}.")
 
 
+def unmoved(finished: Finished) -> Iterator[Headline]:
+    """Where training left the policy as it was."""
+    for where, made in _rounds(finished):
+        if made.train.facts["saved"]["share"] is None:
+            text = (
+                f"Training left the policy as it was{where}: raise training.learning_rate or training.epochs."
+            )
+            yield Headline("warning", text)
+
+
 def contradicted_labels(finished: Finished) -> Iterator[Headline]:
     """How far the rewards that decided contradict the labels that the data set has."""
     for where, made in _rounds(finished):
@@ -136,6 +146,7 @@ def _rounds(finished: Finished) -> Iterator[tuple[str, Made]]:
 
 _SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (
     trained_on,
+    unmoved,
     contradicted_labels,
     unscored_rows,
     graded_without_an_answer,

@@ -120,6 +120,18 @@ class QRPOTrainer(Trainer):  # type: ignore[misc]
         steps = Steps(self.train_dataset, self.plan, self.data_collator, self.accelerator.process_index)
         return step_loader(steps, self.args)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The schedule, with a warm-up given as a share rounded down.
+
+        transformers rounds it up, and the first step of a warm-up has learning rate 0: a training of one
+        step would leave the policy as it is.
+        """
+        if self.args.warmup_steps < 1:
+            self.args.warmup_steps = int(self.args.warmup_steps * num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(
         self, model: Any, inputs: list[Batch], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:

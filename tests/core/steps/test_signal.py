@@ -82,7 +82,7 @@ def test_too_few_rows_with_a_reward_stop(least: float, stops: bool) -> None:
     if stops:
         text = str(problem)
         assert "2 of 6 training completions have a reward (33.3%)" in text
-        assert "endpoint_error 4 (4 times: HTTP 401: wrong key)" in text
+        assert "endpoint_error 4 (HTTP 401: wrong key)" in text
         assert "\n" not in text
 
 
@@ -111,11 +111,20 @@ def test_the_contradicted_share_is_of_pairs_that_the_reward_tells_apart(
     assert (problem is not None) == (share is not None and share > 0.5)
 
 
-def finished(found: dict[str, Any], *, kind: str = "qrpo", truncated: int = 0, cut: float = 0.0) -> Finished:
+def finished(
+    found: dict[str, Any],
+    *,
+    kind: str = "qrpo",
+    truncated: int = 0,
+    cut: float = 0.0,
+    share: float | None = 1.0,
+) -> Finished:
     """What a run of one round made, as far as headlines look at it."""
     made = SimpleNamespace(
         quantiles=SimpleNamespace(facts=found | {"cut": {"completions": {"cut": truncated, "of": 9}}}),
-        train=SimpleNamespace(facts={"rows": 3, "diagnostics": {"objective": kind}}),
+        train=SimpleNamespace(
+            facts={"rows": 3, "diagnostics": {"objective": kind}, "saved": {"share": share}}
+        ),
     )
     evaluation = SimpleNamespace(after=SimpleNamespace(truncation_rate=cut))
     return Finished(asked(), SimpleNamespace(), (made,), evaluation)  # type: ignore[arg-type]
@@ -138,6 +147,11 @@ def test_the_objective_and_its_items_are_named(kind: str, found: dict[str, Any],
     assert [str(each) for each in headlines(finished(facts([("ok", "")], **found), kind=kind))] == [text]
 
 
+def test_a_training_that_moved_nothing_is_a_warning() -> None:
+    first, _ = headlines(finished(facts([("ok", "")]), share=None))
+    assert str(first).startswith("Warning: Training left the policy as it was: raise training.learning_rate")
+
+
 def test_what_makes_a_result_doubtful_stands_first() -> None:
     found = facts(
         [("ok", "")] * 9 + [("timeout", "6 s")],
@@ -152,7 +166,7 @@ def test_what_makes_a_result_doubtful_stands_first() -> None:
     shown = "\n".join(map(str, lines))
     for part in (
         "contradict the data set's labels on 9 of 20 pairs (69.2 % of those that they tell apart; 7 tie)",
-        "1 of 10 training completions have no reward: timeout 1 (1 times: 6 s)",
+        "1 of 10 training completions have no reward: timeout 1 (6 s)",
         "On 2 of 3 training prompts all rewards are equal",
         "All 9 completions are cut by the length limit, and kept in training; raise sampling.max_new_tokens",
         "Every held-out completion of the trained policy was cut",
