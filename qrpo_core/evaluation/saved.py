@@ -17,7 +17,7 @@ def saved_in_words(facts: Mapping[str, Any]) -> str:
     rows = f"on {facts['rows']:,} training rows in float32 arithmetic"
     if facts["share"] is None:
         return (
-            "training changed no log-prob by more than rounding does, so there is no share of it to state (from "
+            "training changed no log-prob by more than rounding does, so no share of it can be stated (from "
             f"what was trained to this: largest difference {facts['largest_difference']:.2g} nats, {rows})"
         )
     return (
