@@ -14,15 +14,15 @@ LOWEST_SHARE = 0.9
 
 def saved_in_words(facts: Mapping[str, Any]) -> str:
     """How much of a training is in what was written. facts : as in `train.survival.Survival`."""
-    share = facts["share"]
-    kept = (
-        "training moved nothing that float32 shows"
-        if share is None
-        else f"{percent(share)} of the training survived"
-    )
+    rows = f"on {facts['rows']:,} training rows in float32 arithmetic"
+    if facts["share"] is None:
+        return (
+            "training changed no log-prob by more than rounding does, so no share of it can be stated (from "
+            f"what was trained to this: largest difference {facts['largest_difference']:.2g} nats, {rows})"
+        )
     return (
-        f"{kept} (mean |log-ratio| {facts['written']:.4g} of {facts['trained']:.4g} nats, largest difference "
-        f"{facts['largest_difference']:.2g}, on {facts['rows']:,} training rows in float32 arithmetic)"
+        f"{percent(facts['share'])} of the training survived (mean |log-ratio| {facts['written']:.4g} of "
+        f"{facts['trained']:.4g} nats, largest difference {facts['largest_difference']:.2g}, {rows})"
     )
 
 

@@ -63,6 +63,16 @@ def trained_on(finished: Finished) -> Iterator[Headline]:
         yield Headline("note", f"{text}.")
 
 
+def unmoved(finished: Finished) -> Iterator[Headline]:
+    """Where training left the policy as it was."""
+    for where, made in _rounds(finished):
+        if made.train.facts["saved"]["share"] is None:
+            text = (
+                f"Training left the policy as it was{where}: raise training.learning_rate or training.epochs."
+            )
+            yield Headline("warning", text)
+
+
 def contradicted_labels(finished: Finished) -> Iterator[Headline]:
     """How far the rewards that decided contradict the labels that the data set has."""
     for where, made in _rounds(finished):
@@ -131,14 +141,6 @@ def cut(finished: Finished) -> Iterator[Headline]:
         yield Headline("warning", f"{text}sampling.max_new_tokens.")
 
 
-def unmoved(finished: Finished) -> Iterator[Headline]:
-    """Where the trained policy is the one that it started from."""
-    for where, made in _rounds(finished):
-        if made.train.facts["saved"]["share"] is None:
-            text = f"Training moved nothing that float32 shows{where}: raise training.learning_rate, or take "
-            yield Headline("warning", f"{text}more steps (training.epochs, a smaller training.batch_size).")
-
-
 def drawn_from_another(finished: Finished) -> Iterator[Headline]:
     """Where too little of the training is in what the rewards after training were drawn from."""
     if caution := drawn_caution(finished.drawn):
@@ -153,12 +155,12 @@ def _rounds(finished: Finished) -> Iterator[tuple[str, Made]]:
 
 _SOURCES: tuple[Callable[[Finished], Iterable[Headline]], ...] = (
     trained_on,
+    unmoved,
     contradicted_labels,
     unscored_rows,
     graded_without_an_answer,
     doubted_scorers,
     tied_prompts,
     cut,
-    unmoved,
     drawn_from_another,
 )

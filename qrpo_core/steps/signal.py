@@ -50,11 +50,15 @@ def unscored(statuses: Mapping[str, Mapping[str, Any]]) -> str:
     failed = sorted(
         ((name, each) for name, each in statuses.items() if name != "ok"), key=lambda pair: -pair[1]["count"]
     )
-    return ", ".join(
-        f"{name} {each['count']:,}"
-        + (f" ({each['times']:,} times: {clip(each['detail'], _DETAIL)})" if each["detail"] else "")
-        for name, each in failed
-    )
+    return ", ".join(f"{name} {each['count']:,}{_commonest(each)}" for name, each in failed)
+
+
+def _commonest(status: Mapping[str, Any]) -> str:
+    """Its commonest detail, and how often it occurred if that is not every time; "" where there is none."""
+    if not status["detail"]:
+        return ""
+    often = "" if status["times"] == status["count"] else f"{status['times']:,} times: "
+    return f" ({often}{clip(status['detail'], _DETAIL)})"
 
 
 def scored_share(statuses: Mapping[str, Mapping[str, Any]]) -> float:

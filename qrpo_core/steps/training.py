@@ -21,7 +21,7 @@ from qrpo_core.store.recipe import Recipe
 if TYPE_CHECKING:
     from qrpo_core.train.run import OnStep
 
-VERSION = 3
+VERSION = 4
 
 #: In a train artifact: training rows and their log-probs (`train.survival.ScoredRows`).
 SCORED_ROWS = "scored_rows.json"

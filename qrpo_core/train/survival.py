@@ -43,7 +43,7 @@ Floats = NDArray[np.float64]
 class Survival:
     """What is left of a training, on `rows` training rows; log-probs in nats.
 
-    share : slope of written on trained log-ratios; None where training moved nothing that float32 shows.
+    share : slope of written on trained log-ratios; None where training moved no more than rounding does.
     trained, written : mean |log-ratio| to the starting policy, of the policy in memory and of what was
         written.
     largest_difference : largest |written - trained| of a row.

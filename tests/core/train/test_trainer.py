@@ -126,6 +126,21 @@ def test_the_first_loss_is_the_mean_squared_target(
     assert first["completion_tokens"] == pytest.approx(np.mean([len(e.token_ids) for e in examples]))
 
 
+@pytest.mark.parametrize(("batch_size", "first"), [(11, 1.0), (3, 0.0)])
+def test_an_only_step_has_no_warm_up(
+    tiny_model: Path, examples: list[Example], tmp_path: Path, batch_size: int, first: float
+) -> None:
+    """A share of four steps is one step at least, which has learning rate 0; of one step it is none."""
+    settings = {
+        "learning_rate": 1e-3,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": 1,
+    }
+    trainer = train(examples, tiny_model, tmp_path, batch_size=batch_size, **settings)
+    assert history(trainer)[0]["learning_rate"] == pytest.approx(first * 1e-3)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.2])
 def test_at_a_temperature_the_policy_is_the_tempered_one(
     tiny_model: Path, examples: list[Example], tmp_path: Path, temperature: float
