@@ -103,6 +103,12 @@ class Number:
     value: Decimal
     scale: int = 1
 
+    @property
+    def spelled(self) -> str:
+        """The number with the word of its scale."""
+        word = next((word for word, scale in _SCALES.items() if scale == self.scale), "")
+        return f"{self.text} {word}".strip()
+
 
 def extract(text: str, how: Extract) -> str | None:
     """The part of a completion that is its answer, or None where there is none.

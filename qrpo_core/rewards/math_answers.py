@@ -20,7 +20,7 @@ _REPLACED = [
     (re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])|[\u00d7\u00b7\u2217]"), "*"),
     (re.compile(r"\\(?:div)(?![A-Za-z])|\u00f7"), "/"),
     (re.compile(r"(?<=[0-9])\s*x\s*(?=10\s*\^)"), "*"),
-    (re.compile(r"\\varnothing(?![A-Za-z])|\u2205|\\\{\s*\\\}"), r"\\emptyset"),
+    (re.compile(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}"), r"\\emptyset"),
     (re.compile(r"(?<=[0-9])(?:\{,\}|\\,|\\;|\\ |\{ \})(?=[0-9]{3}(?![0-9]))"), ","),
     (re.compile(r"\\(?:[,;: ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~|[\u00a0\u2009\u202f]"), " "),
     (re.compile(r"(?:\\|(?<![A-Za-z0-9]))[$](?=\s*[0-9.])|[€£¥₹]"), ""),
@@ -29,8 +29,7 @@ _REPLACED = [
         re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\u00b0|\s*\\degree(?![A-Za-z])"),
         "\x01degree\x01",
     ),
-    (re.compile(r"\u221e|\\infin(?![A-Za-z])"), r"\\infty"),
-    (re.compile(r"\u03c0"), r"\\pi"),
+    (re.compile(r"\\infin(?![A-Za-z])"), r"\\infty"),
     (re.compile(r"\u221a\s*([0-9]+)"), r"\\sqrt{\1}"),
     (
         re.compile(

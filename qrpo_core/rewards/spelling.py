@@ -16,16 +16,32 @@ _OVERLINED = re.compile(
     r"(?<![0-9.])([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar)\s?(?:\{\s?([0-9]{1,20})\s?\}|([0-9]))"
 )
 _DOTTED = re.compile(rf"(?<![0-9.])([0-9]{{0,20}})\.([0-9]{{0,8}}?)([0-9]{{1,8}}?)\3{{2,8}}\s?{_DOTS}")
+#: Signs of mathematics as commands of LaTeX.
+_SIGNS = str.maketrans(
+    {
+        "\u221e": r"\infty ",
+        "\u222a": r"\cup ",
+        "\u2229": r"\cap ",
+        "\u2205": r"\emptyset ",
+        "\u2264": r"\le ",
+        "\u2265": r"\ge ",
+        "\u2260": r"\ne ",
+        "\u00b1": r"\pm ",
+        "\u2208": r"\in ",
+        "\u03c0": r"\pi ",
+    }
+)
+_COLOUR = re.compile(r"\\(?:text)?color\s?\{[a-zA-Z]{1,20}\}")
 #: Words before an answer inside its box: "The answer is".
 _INTRODUCTION = re.compile(r"^\s*\\(?:text|mbox)\s?\{[^{}]{0,80}(?:\b(?:is|are)|[:=])\s*\}\s*(?=\S)")
 
 
 def spelled(text: str) -> str:
     r"""An answer with `^{-4}` for raised digits, `\frac{1}{2}` for ½ and for decimals without end."""
-    text = _INTRODUCTION.sub("", text)
+    text = _INTRODUCTION.sub("", _COLOUR.sub("", text))
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)
-        text = _ONE_FRACTION.sub(_fraction, text)
+        text = _ONE_FRACTION.sub(_fraction, text).translate(_SIGNS)
     text = ascii_numbers(text)
     if "." in text:
         text = _OVERLINED.sub(lambda found: _repeating(found[1], found[2], found[3] or found[4]), text)

@@ -169,7 +169,7 @@ class MathReward(RowReward):
         answers = stated_expressions(request.text if _has_box(request.text) else text)
         if not answers and is_quantity(wanted):
             number = stated_number(text)
-            answers = [number.text if number else text]
+            answers = [number.spelled if number else text]
         for answer in answers or [text]:
             score = self._compare(wanted, answer, stated=bool(answers))
             if score != 0.0:
