@@ -95,6 +95,7 @@ def _with_ascii_digits(text: str) -> str:
     """The text with the decimal digits of all scripts as 0 to 9 and minus signs as "-", each at its place."""
     if text.isascii():
         return text
+    text = text.replace("\uff0f", "/")
     text = re.sub(r"[\u2212\ufe63\uff0d]|(?<![\d\w])\u2013(?=\d)", "-", text)
     return re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 # Not a part of a word, a decimal, a date or a larger number with separators; 7.0 is 7.
-_NUMBER = r"(?<![\w.,\-])(?P<number>-?\d+)(?:\.0+)?(?![\w\-]|[.,]\d)"
+_NUMBER = r"(?<![\w.,\-])(?<!\bminus )(?P<number>-?\d+)(?:\.0+)?(?![\w\-%]|[.,]\d)"
 _INTEGER = re.compile(_NUMBER, re.ASCII)
 #: The scale's end that follows a score, as in 7/10, **7** / 10 or "7 out of 10".
 OF_HIGHEST = re.compile(
@@ -49,7 +49,9 @@ _STATED = tuple(
 )
 #: The same labels in front of any number, whole or not.
 _LABELLED = tuple(
-    re.compile(_LABEL.format(label=label) + _EQUALS + r"(?=[-.]?\d)", re.ASCII | re.IGNORECASE)
+    re.compile(
+        _LABEL.format(label=label) + _EQUALS + r"(?=[-.]?\s?\d|null\b|none\b|n/a\b)", re.ASCII | re.IGNORECASE
+    )
     for label in (_OVERALL, _KIND)
 )
 #: "I would rate it 7", in a sentence without another number and without conditions.
@@ -98,7 +100,7 @@ def given(text: str, lowest: int, highest: int) -> list[Written]:
     """Scores in an answer with other numbers, where their place shows that they are meant.
 
     In this order: "I would give it 7" in a sentence with no other number; the first or the last line where it
-    is the number alone; "7/10" at the end of an answer whose other fractions of the scale's end are the same.
+    is the number alone; "7/10" at the beginning or the end of an answer whose other fractions of the scale's end are the same.
     """
     if found := [
         _moved(score[0], sentence.start())
@@ -121,7 +123,10 @@ def given(text: str, lowest: int, highest: int) -> list[Written]:
         for score in (as_written(match, "number") for match in _INTEGER.finditer(text))
         if end_of(text, score, highest) > score.end
     ]
-    if over and not text[end_of(text, over[-1], highest) :].strip(" \t\n.!*_"):
+    if not over:
+        return []
+    first, last = text[start : over[0].start], text[end_of(text, over[-1], highest) :]
+    if not first.strip(" \t*_#") or not last.strip(" \t\n.!*_"):
         return over
     return []
 
