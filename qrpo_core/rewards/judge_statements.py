@@ -100,7 +100,8 @@ def given(text: str, lowest: int, highest: int) -> list[Written]:
     """Scores in an answer with other numbers, where their place shows that they are meant.
 
     In this order: "I would give it 7" in a sentence with no other number; the first or the last line where it
-    is the number alone; "7/10" at the beginning or the end of an answer whose other fractions of the scale's end are the same.
+    is the number alone; "7/10" at the beginning or the end of an answer whose other fractions of the scale's
+    end are the same.
     """
     if found := [
         _moved(score[0], sentence.start())
