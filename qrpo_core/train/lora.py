@@ -126,8 +126,8 @@ def check_targets(model: Any, targets: tuple[str, ...]) -> None:
     policy another one than that which was trained.
     """
     if _ALL in targets and len(targets) > 1:
-        beside = ", ".join(sorted({*targets} - {_ALL})) or "itself"
-        raise _refused(model, f"training.lora_targets names {_ALL} beside {beside}")
+        names = ", ".join(sorted({*targets} - {_ALL}))
+        raise _refused(model, f"training.lora_targets names {_ALL} beside {names or 'itself'}")
     known = dict(model.named_modules())
     picked = {name: target for target in targets for name in _matched(model, known, target)}
     head = model.get_output_embeddings()
