@@ -8,7 +8,15 @@ from typing import Any
 from qrpo_core.errors import DataError
 from qrpo_core.evaluation.metrics import EvaluationResult
 from qrpo_core.evaluation.saved import survival_tile
-from qrpo_core.evaluation.summary import normalisation, number, outcome, percent, reward_decimals, spelled
+from qrpo_core.evaluation.summary import (
+    normalisation,
+    number,
+    outcome,
+    percent,
+    reward_decimals,
+    spelled,
+    statuses,
+)
 from qrpo_core.train.config import ObjectiveKind
 from qrpo_core.train.names import OBJECTIVE_NAMES
 
@@ -119,10 +127,8 @@ def filtered(given: Sequence[Mapping[str, Any]], result: EvaluationResult) -> di
         for row in given
     ]
     for name, side in (("before", result.before), ("after", result.after)):
-        kinds = {status: count for status, count in side.not_ok.items() if count}
-        why = ", ".join(f"{status} {count:,}" for status, count in kinds.items())
         what = f"held-out completions without a reward, {name}"
-        rows.append((what, sum(kinds.values()), why or "every one was scored"))
+        rows.append((what, sum(side.not_ok.values()), statuses(side) or "every one was scored"))
     left_out = sum(result.left_out.values())
     why = spelled(result)["left_out"] if left_out else "every one has an ok reward on both sides"
     rows.append(("held-out prompts left out of the comparison", left_out, why))

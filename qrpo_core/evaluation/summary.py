@@ -273,9 +273,13 @@ def _joined(value: str, interval: str) -> str:
 
 
 def _failed(side: SideSummary) -> str:
-    kinds = [f"{name} {count:,}" for name, count in side.not_ok.items() if count]
-    text = f"{sum(side.not_ok.values()):,} of {side.completions:,}"
-    return f"{text} ({', '.join(kinds)})" if kinds else text
+    kinds, text = statuses(side), f"{sum(side.not_ok.values()):,} of {side.completions:,}"
+    return f"{text} ({kinds})" if kinds else text
+
+
+def statuses(side: SideSummary) -> str:
+    """How many completions have each status but ok; "" where all are ok."""
+    return ", ".join(f"{name} {count:,}" for name, count in side.not_ok.items() if count)
 
 
 def _left_out(result: EvaluationResult) -> str:
