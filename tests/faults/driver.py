@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
@@ -227,6 +227,7 @@ def _run(job: Job, watch: Watch) -> None:
         (blocks, "make", make),
         (blocks, "compute_block", DirectBlock(blocks.compute_block.fn, watch)),
         (blocks, "stage_progress", progress),
+        (rounds, "stage_progress", lambda *_: nullcontext(lambda count: None)),
         (blocks, "announce", lambda *_: None),
         (blocks, "announce_problem", lambda text: watch.note("problem", text=text)),
         (Blocks, "still_missing", still_missing),

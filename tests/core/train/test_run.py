@@ -21,6 +21,7 @@ from qrpo_core.rounding import stochastic_bfloat16
 from qrpo_core.train.__main__ import main
 from qrpo_core.train.launch import FAILURE, HISTORY, _failure, read_job, write_job
 from qrpo_core.train.run import _identity, train_policy
+from tests.rounding import reordered
 
 
 def example(row: int) -> Example:
@@ -163,7 +164,9 @@ def test_recomputed_activations_change_nothing(
     kept = train(tiny_model, tmp_path / "kept", **adapters)
     again = train(tiny_model, tmp_path / "again", gradient_checkpointing=True, **adapters)
     for name in ("loss", "grad_norm"):
-        assert [entry[name] for entry in again] == pytest.approx([entry[name] for entry in kept], rel=1e-5)
+        assert [entry[name] for entry in again] == pytest.approx(
+            [entry[name] for entry in kept], rel=reordered(4_000, condition=4)
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
@@ -181,7 +184,8 @@ def test_lora_leaves_the_merged_policy_and_its_adapters(tiny_model: Path, tmp_pa
     }
     assert changed == {"q_proj", "down_proj"}
     adapted = PeftModel.from_pretrained(base, tmp_path / "policy" / "adapter").eval()
-    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-4)
+    largest = float(logits(merged).abs().max())
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=0, atol=reordered(2_000) * largest)
     for path in (tmp_path / "policy").rglob("*.json"):
         assert str(tiny_model) not in path.read_text(), path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -22,11 +22,15 @@ from qrpo_core.engines.base import ScoreRequest
 from qrpo_core.engines.hf import TransformersEngine
 from qrpo_core.errors import ConfigError, DataError
 from qrpo_core.train.trainer import QRPOTrainer
+from tests.rounding import reordered
 
 BETA = 0.5
 KINDS = ("qrpo", "dpo", "simpo", "rebel", "sft")
 
 # peft asks transformers for a name that is about to go.
+#: Operations from a weight to a log-prob, and from there to the gradient norm: see test_distributed.
+SCORING, GRADIENT = 2_000, reordered(4_000, condition=4)
+
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
@@ -56,6 +60,11 @@ def pairs(examples: list[Example]) -> list[Pair]:
     """Ten pairs, none of them tied: references that are not quite the model's."""
     neighbours = enumerate(pairwise(examples))
     return [Pair(replace(a, ref_logprob=a.ref_logprob - 0.1 * (i + 1)), b) for i, (a, b) in neighbours]
+
+
+def unknown(items: Sequence[Example]) -> float:
+    """How far two computations of one of their log-ratios may lie apart, in nats."""
+    return reordered(SCORING) * max(abs(item.ref_logprob) for item in items)
 
 
 def make(
@@ -106,23 +115,34 @@ def history_of(items: Sequence[Item], directory: Path, out: Path, settings: dict
     return history(train(items, directory, out, **settings))
 
 
-def assert_same_run(one: QRPOTrainer, other: QRPOTrainer, tolerance: float) -> None:
+def assert_same_run(one: QRPOTrainer, other: QRPOTrainer, start: Path) -> None:
+    """Each step adds its own difference to the weights, and so to everything that is logged after it.
+
+    The log-ratios of the first step are rounding alone, and so are their signs, which are not compared.
+    """
     assert len(history(one)) == len(history(other)) > 0
-    for here, there in zip(history(one), history(other), strict=True):
-        # A share that jumps where rounding decides a sign; log-ratios are compared themselves.
-        here, there = ({**each, "sign_agreement": 0.0} for each in (here, there))
-        assert here == pytest.approx(there, rel=tolerance, abs=tolerance)
-    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for step, (here, there) in enumerate(zip(history(one), history(other), strict=True), 1):
+        assert here.keys() == there.keys()
+        if "sign_agreement" in here:  # it jumps where rounding decides a sign; log-ratios are compared
+            there = there | {"sign_agreement": here["sign_agreement"]}
+        assert here == pytest.approx(there, rel=step * GRADIENT, abs=step * GRADIENT)
+    weights = [list(trainer.model.parameters()) for trainer in (one, other)]
+    moved = distance(weights[0], load(start).parameters())
+    assert distance(*weights) <= len(history(one)) * GRADIENT * moved
+
+
+def distance(one: Iterable[torch.Tensor], other: Iterable[torch.Tensor]) -> float:
+    pairs = zip(one, other, strict=True)
+    return float(sum(((a.detach() - b.detach()).double() ** 2).sum() for a, b in pairs)) ** 0.5
 
 
 def test_the_first_loss_is_the_mean_squared_target(
     tiny_model: Path, examples: list[Example], tmp_path: Path
 ) -> None:
     first = history(train(examples, tiny_model, tmp_path, batch_size=11))[0]
-    assert first["log_ratio"] == pytest.approx(0.0, abs=1e-4)
-    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
-    assert first["loss"] == pytest.approx(np.mean([e.target**2 for e in examples]), rel=1e-4)
+    assert first["log_ratio"] == pytest.approx(0.0, abs=unknown(examples))
+    assert first["kl"] == pytest.approx(0.0, abs=unknown(examples) ** 2)
+    assert first["loss"] == pytest.approx(np.mean([e.target**2 for e in examples]), abs=4 * unknown(examples))
     assert first["target"] == pytest.approx(np.mean([e.target for e in examples]))
     assert first["log_ratio_target"] == pytest.approx(np.mean([e.target / BETA for e in examples]))
     assert first["completion_tokens"] == pytest.approx(np.mean([len(e.token_ids) for e in examples]))
@@ -153,11 +173,11 @@ def test_at_a_temperature_the_policy_is_the_tempered_one(
     items = [replace(e, ref_logprob=float(value)) for e, value in zip(examples, scored, strict=True)]
     trainer = train(items, tiny_model, tmp_path / "all", batch_size=11, temperature=temperature)
     first = history(trainer)[0]
-    assert first["log_ratio"] == pytest.approx(0.0, abs=1e-4)
-    assert first["loss"] == pytest.approx(np.mean([e.target**2 for e in examples]), rel=1e-4)
+    assert first["log_ratio"] == pytest.approx(0.0, abs=unknown(items))
+    assert first["loss"] == pytest.approx(np.mean([e.target**2 for e in examples]), abs=4 * unknown(items))
     other = history(train(examples, tiny_model, tmp_path / "at 1", batch_size=11, temperature=temperature))[0]
     expected = np.mean([value - e.ref_logprob for e, value in zip(examples, scored, strict=True)])
-    assert other["log_ratio"] == pytest.approx(expected, abs=1e-3)
+    assert other["log_ratio"] == pytest.approx(expected, abs=unknown(examples))
     assert abs(expected) > 1
 
 
@@ -201,13 +221,13 @@ class TestCuttingAStepChangesNothing:
         small = train(examples, tiny_model, tmp_path, **cut)
         assert max(len(batches) for batches in small.get_train_dataloader()) > 1
         assert small.args.gradient_accumulation_steps == 1
-        assert_same_run(large, small, 1e-5)
+        assert_same_run(large, small, tiny_model)
 
     def test_pairs_too(self, tiny_model: Path, pairs: list[Pair], tmp_path: Path) -> None:
         objective = ObjectiveConfig(kind="dpo")
         large = train(pairs, tiny_model, tmp_path / "a", objective=objective, max_tokens=10**6)
         small = train(pairs, tiny_model, tmp_path / "b", objective=objective, max_tokens=1)
-        assert_same_run(large, small, 1e-5)
+        assert_same_run(large, small, tiny_model)
 
     def test_the_token_budget_holds(self, tiny_model: Path, examples: list[Example], tmp_path: Path) -> None:
         trainer = make(examples, load(tiny_model), tmp_path, batch_size=11, max_tokens=30)
@@ -224,14 +244,14 @@ class TestCuttingAStepChangesNothing:
         other = make(examples[::-1], load(tiny_model), tmp_path / "b", batch_size=11, max_tokens=40)
         other.data_collator = Collator(7)  # another token fills the rows, and rows are wider
         other.train()
-        assert_same_run(one, other, 1e-5)
+        assert_same_run(one, other, tiny_model)
 
     def test_computing_activations_again(
         self, tiny_model: Path, examples: list[Example], tmp_path: Path, large: QRPOTrainer
     ) -> None:
         again = train(examples, tiny_model, tmp_path, max_tokens=10**6, activation_checkpointing=True)
         assert again.model.is_activation_checkpointing
-        assert_same_run(large, again, 1e-6)
+        assert_same_run(large, again, tiny_model)
 
 
 def test_bfloat16_is_close(tiny_model: Path, examples: list[Example], tmp_path: Path) -> None:
