@@ -3,8 +3,9 @@
     python benchmarks/demo.py [--set KEY=VALUE ...] [--output benchmarks/results/demo.json]
 
 Runs `qrpo run experiments/demo.yaml` into a fresh store with a Prefect home of its own, then the same command
-again, then `qrpo plan` with twice the references. The result holds the lines that each printed (a path keeps
-its first and last parts), wall and processor time of the runs. README.md quotes this file; a test compares.
+again, then `qrpo plan` with twice the references. The result holds what each printed (stages without their
+progress; a path keeps its first and last parts), wall and processor time. README.md quotes this file; a test
+compares.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ from _result import ROOT, about, options, publish
 
 DEMO = "experiments/demo.yaml"
 TWICE = "sampling.references_per_prompt=10"
-#: Not part of the result: progress, and what begins every run.
-_PROGRESS = re.compile(r": [\d,]+ of [\d,]+ (rows|steps)|^align |^\s*$")
+#: A stage that is done, as standard error has it: two blanks, its name, what was computed or reused.
+_STAGE = re.compile(r"^  \S.*(computed|reused) .*s\)$")
 
 
 def qrpo(verb: str, overrides: list[str], home: Path, store: Path) -> dict[str, Any]:
-    """One command: its lines on standard output, its seconds, and processor seconds with its children's."""
+    """One command: what it printed, its seconds, and processor seconds with its children's."""
     command = [sys.executable, "-m", "flows.cli", verb, DEMO, "--set", f"store.path={store}"]
     for override in overrides:
         command += ["--set", override]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = {**os.environ, "PREFECT_HOME": str(home)}
-    done = subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "command": " ".join(["qrpo", verb, DEMO, *(f"--set {each}" for each in overrides)]),
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor, 1),
-        "lines": [shown(line, store) for line in done.stdout.splitlines() if not _PROGRESS.search(line)],
+        "stages": [line for line in done.stderr.splitlines() if _STAGE.match(line)],
+        "lines": [shown(line, store) for line in done.stdout.splitlines() if line.strip()],
     }
 
 

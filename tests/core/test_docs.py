@@ -100,3 +100,17 @@ def test_the_table_of_rounded_policies_is_the_benchmarks() -> None:
         ratio = each["trained_rows"]["mean_log_ratio_nats"]
         assert f"| {exponent} | {ratio:.3g} | {cells[0]} |" in text
         assert abs(share["stochastic"] - 1) <= 0.1, "what is shipped keeps the training"
+
+
+def test_the_readmes_demo_is_the_benchmarks() -> None:
+    """Every line of the README's first blocks was printed by the run that the result file records."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n(.*?)```", text[text.index("`make demo` creates") :], flags=re.DOTALL)[:3]
+    for block, command in zip(blocks, ("run", "again", "plan"), strict=True):
+        printed = {line.rstrip() for name in ("stages", "lines") for line in found[command][name]}
+        quoted = [line.rstrip() for line in block.splitlines() if line.strip() not in ("", "…")]
+        assert len(quoted) > 5
+        assert not [line for line in quoted if line not in printed]
+    assert any("survived" in line for line in found["run"]["lines"])
+    assert any("float32 arithmetic" in line for line in found["run"]["lines"])
