@@ -7,6 +7,7 @@ WORKDIR /app
 COPY requirements.lock ./
 RUN pip install --no-cache-dir -c requirements.lock prefect fastapi asyncpg
 COPY qrpo_core ./qrpo_core
+COPY tasks ./tasks
 COPY flows ./flows
 
 RUN useradd --create-home --uid 10001 qrpo && install -d -o qrpo /data

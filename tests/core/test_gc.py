@@ -38,9 +38,8 @@ def test_gc_in_the_middle_of_things_takes_nothing_away(
         before, there = planned(experiment), files(experiment)
         assert sweep(experiment) == [], stage
         assert (planned(experiment), files(experiment)) == (before, there)
-    assert not any(
-        missing for stage, _, missing in planned(experiment) if stage not in ("evaluate", "report")
-    )
+    unmade = ("check rows", "evaluate", "report")  # by the stages of this test
+    assert not any(missing for stage, _, missing in planned(experiment) if stage not in unmade)
     # With fewer rounds or another budget the later rounds are not asked for, and are the experiment's still.
     for less in ({"rounds": {"count": 1}}, {"sampling": {"references_per_prompt": 2}}):
         assert sweep(steps.changed(settings, **less)) == []

@@ -52,7 +52,9 @@ def test_a_budget_gives_some_prompts_more_and_the_rest_nothing(steps: Any, setti
     # A budget within what every prompt has is none: nothing is computed or named anew.
     plain = Workspace(steps.changed(settings, sampling={"references_per_prompt": 7}))
     apply(chain, {})
-    assert all(not stage.missing for stage in plan(Workspace(asked))[:4])
+    # The helpers of these tests do not check rows.
+    planned = [stage for stage in plan(Workspace(asked)) if stage.stage != "check rows"]
+    assert all(not stage.missing for stage in planned[:4])
     assert any(stage.missing for stage in plan(plain))
 
 
