@@ -52,7 +52,7 @@ from qrpo_core.data.hub import hub_identity, read_hub
 from qrpo_core.data.offline import OfflineRows, from_rows
 from qrpo_core.data.readers import file_digest, read_file
 from qrpo_core.data.rows import Message, Row, parse_row
-from qrpo_core.data.unusable import Unusable, report_unusable
+from qrpo_core.data.unusable import UNREADABLE, Unusable, report_unusable
 from qrpo_core.errors import DataError
 from qrpo_core.records import PROMPTS, check_table
 
@@ -174,7 +174,7 @@ class _Bad:
             raise found[0]  # no row has the form that the config names; their list would not help
         if len(found) == 1 and self.config.on_unusable == "refuse":
             raise found[0]
-        told = [_unusable(error, "that cannot be read") for error in self.unreadable]
+        told = [_unusable(error, UNREADABLE) for error in self.unreadable]
         told += [_unusable(error, "that contradict another row") for error in self.contradicting]
         report_unusable(told, self.config.on_unusable if some_are_good else "refuse")
         notes["unreadable_rows"] += len(self.unreadable)

@@ -15,6 +15,9 @@ from qrpo_core.errors import DataError
 
 OnUnusable = Literal["refuse", "skip"]
 
+#: Kind of a row that does not have the form that the config names.
+UNREADABLE = "that cannot be read"
+
 #: Problems that a message tells in full; of the others it tells the place.
 SHOWN = 20
 #: Places that a message names beside those; beyond them it gives their number.
@@ -41,7 +44,19 @@ class Unusable:
 
 
 class UnusableError(DataError):
-    """Rows that cannot be used. Its text has one line a row, under one that counts them."""
+    """Rows that cannot be used. Its text has one line a row, under one that counts them.
+
+    found : the rows; none where it came from another process.
+    """
+
+    found: tuple[Unusable, ...] = ()
+
+    @classmethod
+    def of(cls, lines: Sequence[str], found: Sequence[Unusable]) -> UnusableError:
+        """The error of these rows. lines : its text."""
+        error = cls("\n".join(lines))
+        error.found = tuple(found)
+        return error
 
     def __str__(self) -> str:
         return self.message
@@ -53,7 +68,7 @@ def report_unusable(found: Sequence[Unusable], on_unusable: OnUnusable) -> set[s
     A problem of a single completion (`sample_index`) leaves out no prompt.
     """
     if found and on_unusable == "refuse":
-        raise UnusableError("\n".join(unusable_lines(found)))
+        raise UnusableError.of(unusable_lines(found), found)
     return {each.prompt_id for each in found if each.prompt_id is not None and each.sample_index is None}
 
 

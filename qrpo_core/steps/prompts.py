@@ -78,7 +78,11 @@ def find(workspace: Workspace, asked: Recipe) -> PromptTables:
     if manifest is not None:
         return stored(workspace, manifest)
     settle_day(workspace, None)
-    source = read(workspace)
+    return tables_of(workspace, read(workspace))
+
+
+def tables_of(workspace: Workspace, source: PromptSet) -> PromptTables:
+    """What the experiment uses of a source that was read."""
     return PromptTables(source.prompts, source.offline if _uses_offline(workspace) else None, source.counts)
 
 

@@ -37,11 +37,10 @@ class Share(Section):
 
 
 @dataclass(frozen=True)
-class ShareStep:
-    """A step that is asked for the rows of a share alone."""
+class PartOfStep:
+    """A step that is asked for some of its rows; which ones, a subclass says by `wanted`."""
 
     step: BlockStep
-    share: Share
 
     @property
     def recipe(self) -> Recipe:
@@ -54,6 +53,13 @@ class ShareStep:
     @property
     def label(self) -> str:
         return self.step.label
+
+
+@dataclass(frozen=True)
+class ShareStep(PartOfStep):
+    """A step that is asked for the rows of a share alone."""
+
+    share: Share
 
     @property
     def wanted(self) -> Wanted:

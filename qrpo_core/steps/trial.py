@@ -16,11 +16,10 @@ from qrpo_core.engines.base import Progress
 from qrpo_core.errors import QRPOError
 from qrpo_core.rewards.config import has_kind
 from qrpo_core.steps.blocks import BlockStep, RewardStep, SampleStep
-from qrpo_core.steps.shares import ShareStep
+from qrpo_core.steps.shares import PartOfStep, ShareStep
 from qrpo_core.steps.signal import status_facts, unscored
 from qrpo_core.store.block_manifest import TRIAL
 from qrpo_core.store.blocks import BlockPlan, Wanted, count_rows
-from qrpo_core.store.recipe import Recipe
 
 #: Rows that are tried, and the fewest that prove anything.
 ROWS, FEWEST = 8, 4
@@ -29,19 +28,10 @@ _CHANCE = 0.01
 
 
 @dataclass(frozen=True)
-class FewRows:
+class FewRows(PartOfStep):
     """A step that is asked for a few of its rows."""
 
-    step: BlockStep
     wanted: Wanted
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.step.recipe
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.step.schema
 
     @property
     def label(self) -> str:

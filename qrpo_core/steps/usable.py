@@ -107,17 +107,13 @@ def check(
 
     What the tokenizer tells of a GGUF file is known once that is converted.
     """
-    source = policies.source_of(workspace)
-    reference = policies.reference(workspace, source)
-    if reference is None:
-        problems = list(_bad_references(workspace.experiment, tables.prompts))
-    elif (manifest := workspace.artifacts.find(made := recipe(workspace, asked, reference))) is not None:
+    reference = policies.reference(workspace, policies.source_of(workspace))
+    manifest = None if reference is None else workspace.artifacts.find(recipe(workspace, asked, reference))
+    if manifest is not None:
         _check_rewards(workspace.experiment)
         trusted.refuse(workspace.experiment, manifest.facts["doubts"])
         return
-    else:
-        folder = reference.directory if source.needs_materialising else source.settings
-        problems = _found(workspace, made, tables, folder, progress)
+    problems = known_problems(workspace, asked, tables, reference, progress)
     _judge(workspace.experiment, tables, problems)
     trusted.refuse(workspace.experiment, _doubts(workspace.experiment, asked, tables, problems))
 
@@ -133,7 +129,7 @@ def build(
     made = recipe(workspace, asked, policy)
 
     def make(scratch: Path) -> Built:
-        problems = _found(workspace, made, tables, _settings_of(workspace, policy), progress)
+        problems = known_problems(workspace, asked, tables, policy, progress)
         _judge(workspace.experiment, tables, problems)
         doubts = _doubts(workspace.experiment, asked, tables, problems)
         trusted.refuse(workspace.experiment, doubts)
@@ -165,13 +161,24 @@ def usable(workspace: Workspace, asked: Recipe, tables: PromptTables, policy: Po
     whole = UsableTables(tables.prompts, tables.offline)
     if workspace.experiment.prompts.on_unusable == "refuse":
         return whole
-    if policy is None:
-        return _without(whole, list(_bad_references(workspace.experiment, tables.prompts)))
-    made = recipe(workspace, asked, policy)
-    manifest = workspace.artifacts.find(made)
+    manifest = None if policy is None else workspace.artifacts.find(recipe(workspace, asked, policy))
     if manifest is not None:
         return _without(whole, _stored(workspace, manifest))
-    return _without(whole, _found(workspace, made, tables, _settings_of(workspace, policy), no_progress))
+    return _without(whole, known_problems(workspace, asked, tables, policy))
+
+
+def known_problems(
+    workspace: Workspace,
+    asked: Recipe,
+    tables: PromptTables,
+    policy: Policy | None,
+    progress: Progress = no_progress,
+) -> list[Unusable]:
+    """Every problem that is known by now. policy : None while it is not converted: then of rewards alone."""
+    if policy is None:
+        return list(_bad_references(workspace.experiment, tables.prompts))
+    made = recipe(workspace, asked, policy)
+    return _found(workspace, made, tables, _settings_of(workspace, policy), progress)
 
 
 def _settings_of(workspace: Workspace, policy: Policy) -> Path:
@@ -223,7 +230,8 @@ def _judge(experiment: Experiment, tables: PromptTables, problems: Sequence[Unus
     for split in ("train", "held_out"):
         if not pc.any(pc.equal(left.prompts["split"], split)).as_py():
             lines = unusable_lines(problems)
-            raise UnusableError("\n".join([f"no {split} prompt can be used: {lines[0]}", *lines[1:]]))
+            lines[0] = f"no {split} prompt can be used: {lines[0]}"
+            raise UnusableError.of(lines, problems)
 
 
 def _doubts(

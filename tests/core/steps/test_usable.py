@@ -164,6 +164,27 @@ def test_held_out_prompts_and_their_judges_are_looked_at(steps: Any, settings: d
     assert all("evaluation.judges.sums" in line for line in told)
 
 
+@pytest.mark.parametrize("unread", [(4,), (2, 4)])
+def test_rows_that_cannot_be_read_are_told_with_all_others(
+    steps: Any, settings: dict[str, Any], picky: Path, unread: tuple[int, ...]
+) -> None:
+    rows = [{"prompt": f"Say {n}", "answer": n} for n in range(12)]
+    rows[6]["answer"] = "twelve"
+    rows[7]["prompt"] = "REFUSE this"
+    rows[8]["prompt"] = "x " * 600
+    for n in unread:
+        del rows[n]["prompt"]
+    write(Path(settings["prompts"]["path"]), rows)
+    asked = {**settings, "model": {"path": str(picky), "dtype": "float32"}, "reward": {"kind": "number"}}
+    with pytest.raises(UnusableError) as caught:
+        preflight.check(Workspace(steps.changed(asked)))
+    head, *told = str(caught.value).splitlines()
+    assert head.startswith(f"{len(unread) + 3} rows cannot be used")
+    places = [int(line.split(": ")[0].rpartition(":")[2]) for line in told]
+    assert places == [n + 1 for n in (*unread, 6, 7, 8)]
+    assert not store_of(settings).exists() or not list(store_of(settings).rglob("*.parquet"))
+
+
 def test_null_references_are_told_by_their_field(steps: Any, settings: dict[str, Any]) -> None:
     write(
         Path(settings["prompts"]["path"]),
