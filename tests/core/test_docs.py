@@ -98,7 +98,7 @@ def test_the_table_of_rounded_policies_is_the_benchmarks() -> None:
         cells = [f"{100 * share[way]:.1f} %, {off[way]:.3g} nats off" for way in ("nearest", "stochastic")]
         exponent = f"{each['learning_rate']:.0e}".replace("e-0", "e-")
         ratio = each["trained_rows"]["mean_log_ratio_nats"]
-        assert f"| {exponent} | {ratio:.3g} | {cells[0]} |" in text
+        assert f"| {exponent} | {ratio:.3g} | {cells[0]} | {cells[1]} |" in text
         assert abs(share["stochastic"] - 1) <= 0.1, "what is shipped keeps the training"
 
 
