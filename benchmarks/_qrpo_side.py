@@ -1,127 +1,128 @@
-"""Our side of training_vs_trl.py: the job, the reference log-probs, and QRPOTrainer on them.
+"""Our side of a comparison of training steps (_sides.py starts it): `train_policy` on the job's pairs.
 
-    python benchmarks/_qrpo_side.py NAME SCRATCH SETTINGS
+    python benchmarks/_qrpo_side.py JOB.json SETTINGS
 
-NAME `prepare` writes SCRATCH/job.json, `reference` SCRATCH/reference.json, any other trains and writes
-SCRATCH/NAME.json. Each is a process of its own, so that its peak memory is that of one
-thing; for the same reason imports of one of them alone stand inside it.
+A setting is of a kind: `reference` scores the job's completions and keeps the log-probs beside JOB.json,
+`train` trains on them, `rate` measures matrix products. Imports of one kind alone stand inside it, so that
+peak memory is that of one thing.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from _trl_side import Meter, peak_gb, shared_arguments, versions
-from transformers import TrainingArguments
+import torch
+from _steps import Meter, bf16_tflops, metered, peak_gb, serve
 
-from qrpo_core.data.batches import epoch_order
-from qrpo_core.data.collator import Example, Pair
+from qrpo_core.config import ObjectiveConfig, TrainingConfig
+from qrpo_core.data.collator import Example, Pair, rows_of
+from qrpo_core.data.step_plan import ItemSizes, epoch_order
+from qrpo_core.models.memory import ModelShape
+from qrpo_core.models.precision import native_bfloat16, pick_device
 from qrpo_core.objective import get_transform
-from qrpo_core.policy import load_model, load_tokenizer
-from qrpo_core.train.config import ObjectiveConfig
-from qrpo_core.train.trainer import QRPOTrainer
+from qrpo_core.training.memory import training_memory
+from qrpo_core.training.run import train_policy
+from qrpo_core.training.trainer import QRPOTrainer
 
-if TYPE_CHECKING:
-    from qrpo_core.data.chat import Chat
-
+Tell = Callable[[dict[str, Any]], None]
 ROWS = ("chosen_ids", "rejected_ids")
 
 
-def prepare(asked: dict[str, Any]) -> dict[str, Any]:
-    """The job: the model, the pairs as token ids in the order they are trained on, the settings.
-
-    asked : model (None: SmolLM2), pairs_a_step, small_pass, count (of pairs), shortest and longest (tokens of
-        a row).
-    """
-    from _smollm2 import SMOLLM2, smollm2
-
-    from qrpo_core.data.chat import Chat
-    from qrpo_core.engines.numerics import native_bfloat16, pick_device
-
-    directory = Path(asked["model"]) if asked["model"] else smollm2()
-    pairs, passed_over = draw_pairs(Chat.load(directory), asked["count"], asked["shortest"], asked["longest"])
-    return {
-        "model": str(directory),
-        "name": directory.name if asked["model"] else SMOLLM2,
-        "precision": "bf16" if native_bfloat16(pick_device()) else "fp32",
-        "learning_rate": 1e-5,
-        "beta": 0.1,
-        "pairs_a_step": asked["pairs_a_step"],
-        "small_pass": asked["small_pass"],
-        "passed_over": passed_over,
-        "pairs": pairs,
-    }
+def run(job: dict[str, Any], setting: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The result of a setting, by its kind."""
+    kept = Path(sys.argv[1]).with_name("reference.json")
+    if setting["kind"] == "rate":
+        return {"bf16_tflops": bf16_tflops()}
+    if setting["kind"] == "reference":
+        found, logprobs = reference(job)
+        kept.write_text(json.dumps(logprobs))
+        return found
+    return train(job, setting, json.loads(kept.read_text()), tell)
 
 
-def draw_pairs(chat: Chat, count: int, shortest: int, longest: int) -> tuple[list[dict[str, Any]], int]:
-    """`count` pairs as token ids, and how many were passed over because a row was too short or too long."""
-    import reasoning_gym
-
-    drawn = reasoning_gym.create_dataset("gsm_symbolic", size=100 * count, seed=0)
-    pairs: list[dict[str, Any]] = []
-    for index, (task, other) in enumerate(zip(drawn, list(drawn)[1:], strict=False)):
-        prompt = chat.prompt_token_ids([{"role": "user", "content": task["question"]}])
-        answers = [chat.encode_completion(one["metadata"]["answer_cot"]) for one in (task, other)]
-        lengths = [len(prompt) + len(answer) for answer in answers]
-        if shortest <= min(lengths) and max(lengths) <= longest:
-            chosen, rejected = answers
-            pairs.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
-        if len(pairs) == count:
-            return pairs, index + 1 - count
-    raise SystemExit(
-        f"{len(pairs)} of {len(drawn)} problems have rows of {shortest} to {longest} tokens, {count} are "
-        "needed: widen --shortest and --longest"
-    )
-
-
-def reference(job: dict[str, Any]) -> dict[str, Any]:
-    """log pi_ref of chosen and rejected of each pair, nats [pairs][2], and what it took."""
-    from qrpo_core.engines.base import ScoreRequest
-    from qrpo_core.engines.hf import TransformersEngine
+def reference(job: dict[str, Any]) -> tuple[dict[str, Any], list[list[float]]]:
+    """What it took to score the completions as training scores them; log pi_ref, nats [pairs][2]."""
+    from qrpo_core.engines.base import LogprobRequest
+    from qrpo_core.engines.transformers import TransformersEngine
 
     requests = [
-        ScoreRequest(tuple(pair["prompt_ids"]), tuple(pair[key])) for pair in job["pairs"] for key in ROWS
+        LogprobRequest(tuple(pair["prompt_ids"]), tuple(pair[key])) for pair in job["pairs"] for key in ROWS
     ]
     engine = TransformersEngine(job["model"], precision=job["precision"])
     began = time.perf_counter()
     values = engine.logprobs(requests)
     seconds = time.perf_counter() - began
-    tokens = sum(len(request.prompt_token_ids) + len(request.token_ids) for request in requests)
-    return {
-        "logprobs": values.reshape(-1, 2).tolist(),
-        "reference_seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 2),
-        "peak_memory_gb": round(peak_gb(), 3),
-        "versions": versions(),
-    }
+    engine.close()
+    found = {"reference_seconds": round(seconds, 3), "peak_memory_gb": round(peak_gb(), 3)}
+    return found, values.reshape(-1, 2).tolist()
 
 
-def ours(job: dict[str, Any], settings: dict[str, Any], logprobs: list[list[float]]) -> dict[str, Any]:
-    """QRPOTrainer over the job's pairs, or their completions, in their order."""
-    items = training_items(job, settings["objective"], logprobs)
+def train(
+    job: dict[str, Any], setting: dict[str, Any], logprobs: list[list[float]], tell: Tell
+) -> dict[str, Any]:
+    """`train_policy` over the job's pairs, or their completions, in their order, until the last step.
+
+    setting : objective, and training, settings of that section.
+    """
+    items = training_items(job, setting["objective"], logprobs)
     # The trainer's own order, undone: its step s is to hold the job's s-th batch.
     ordered: list[Any] = [None] * len(items)
-    for item, place in zip(items, epoch_order(len(items), 0, 0), strict=True):
+    sizes = ItemSizes.of([[(row.prompt_token_ids, row.token_ids) for row in rows_of(item)] for item in items])
+    for item, place in zip(items, epoch_order(sizes, 0, 0), strict=True):
         ordered[place] = item
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = shared_arguments(job, folder, checkpointing=settings["checkpointing"])
-        trainer = QRPOTrainer(
-            load_model(Path(job["model"]), "float32"),
-            TrainingArguments(**arguments),
+    settings = {
+        "learning_rate": job["learning_rate"],
+        "epochs": 1,
+        "schedule": "constant_with_warmup",
+        "warmup_ratio": 0.0,
+        "max_grad_norm": job["max_grad_norm"],
+        "precision": job["precision"],
+        "weights_dtype": "float32",  # as the other side's
+        "batch_size": job["pairs_a_step"] * len(items) // len(job["pairs"]),
+        "checkpoint_minutes": 60.0,
+    }
+    training = TrainingConfig.model_validate(settings | setting["training"])
+    meter = Meter(tell)
+    with tempfile.TemporaryDirectory() as folder, metered(QRPOTrainer, meter):
+        train_policy(
             ordered,
-            objective=ObjectiveConfig(kind=settings["objective"], beta=job["beta"]),
-            pad_token_id=load_tokenizer(Path(job["model"])).pad_token_id or 0,
-            batch_size=job["pairs_a_step"] * len(items) // len(job["pairs"]),
-            max_tokens=settings["max_tokens"] or job["small_pass"],
+            Path(job["model"]),
+            Path(folder) / "policy",
+            objective=ObjectiveConfig(kind=setting["objective"], beta=job["beta"]),
+            training=training,
+            work=Path(folder) / "work",
         )
-        meter = Meter(trainer)
-        trainer.train()
-    return meter.result() | {"versions": versions()}
+    found = meter.result() | {"formula_memory_gb": round(formula_gb(job, training, meter), 3)}
+    gc.collect()
+    return found
+
+
+def formula_gb(job: dict[str, Any], training: TrainingConfig, meter: Meter) -> float:
+    """The peak that `qrpo plan` would give for the largest pass, decimal GB."""
+    shape = ModelShape.of_config(json.loads((Path(job["model"]) / "config.json").read_text()))
+    assert shape is not None
+    step, tokens = meter.largest_pass()
+    size, passes = job["pairs_a_step"], meter.result()["passes"]
+    pairs = job["pairs"][step * size : (step + 1) * size]
+    labels = sum(len(pair[key]) for pair in pairs for key in ROWS) / passes[step]
+    gpu = torch.cuda.is_available()
+    memory = training_memory(
+        shape,
+        training,
+        tokens,
+        label_tokens=round(labels),
+        several_passes=max(passes) > 1,
+        gpu_memory=torch.cuda.get_device_properties(0).total_memory if gpu else None,
+        bfloat16=native_bfloat16(pick_device()),
+    )
+    return memory.total / 1e9
 
 
 def training_items(job: dict[str, Any], objective: str, logprobs: list[list[float]]) -> list[Any]:
@@ -138,19 +139,5 @@ def training_items(job: dict[str, Any], objective: str, logprobs: list[list[floa
     return items
 
 
-def main() -> None:
-    name, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    if name == "prepare":
-        found, out = prepare(settings), folder / "job.json"
-    else:
-        job, out = json.loads((folder / "job.json").read_text()), folder / f"{name}.json"
-        if name == "reference":
-            found = reference(job)
-        else:
-            logprobs = json.loads((folder / "reference.json").read_text())["logprobs"]
-            found = ours(job, settings, logprobs)
-    out.write_text(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    serve(run)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores that this process may use, memory (decimal GB), load of other work, Python and torch.
+    """CPU, cores that this process may use, memory (decimal GB), GPU, load of other work, Python and torch.
 
     Nothing that tells one machine from another of its kind: no kernel, no host name, no path.
     """
@@ -30,10 +30,38 @@ def hardware() -> dict[str, Any]:
         "cpu": cpu,
         "cores": cores,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu": gpu(),
         "load_average_at_start": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),  # without importing it: peak memory is measured
     }
+
+
+def gpu() -> str | None:
+    """Name, memory and driver of each GPU, without CUDA; None where there is none."""
+    asked = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    found = _output("nvidia-smi", *asked)
+    return found or ("one that nvidia-smi does not name" if Path("/dev/nvidia0").exists() else None)
+
+
+def _output(*command: str) -> str:
+    """What a command prints, "" if it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return "" if done.returncode else done.stdout.strip()
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package, None where it is missing; nothing is imported."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def command_line() -> str:
@@ -43,15 +71,18 @@ def command_line() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with "+changes" where what is measured differs from it."""
+    """The checked-out commit, with "+changes" where what is measured differs from it.
 
-    def git(*words: str) -> str:
-        return subprocess.run(("git", "-C", str(ROOT), *words), capture_output=True, text=True).stdout
-
-    changed = git(
-        "status", "--porcelain", "--", "qrpo_core", "tasks", "flows", "experiments", "benchmarks/*.py"
-    )
-    return (git("rev-parse", "HEAD").strip() or "unknown") + ("+changes" if changed else "")
+    For a copy without git: the environment variable QRPO_COMMIT, or a file of that name at its top.
+    """
+    kept = ROOT / "QRPO_COMMIT"
+    told = os.environ.get("QRPO_COMMIT", kept.read_text(encoding="utf-8") if kept.is_file() else "").strip()
+    if told:
+        return told
+    git = ("git", "-C", str(ROOT))
+    measured = ("qrpo_core", "tasks", "flows", "experiments", "benchmarks/*.py", "benchmarks/*.sh")
+    changed = _output(*git, "status", "--porcelain", "--", *measured)
+    return (_output(*git, "rev-parse", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
 def about(benchmark: str, **more: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qrpo_core.config import StoreConfig
-from qrpo_core.store.s3 import S3Objects
+from qrpo_core.store.backends.s3 import S3Objects
 
 BUCKET, ACCESS, SECRET = "benchmarks", "tester", "not-a-secret"
 

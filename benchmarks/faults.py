@@ -1,16 +1,16 @@
 """What a run survives: every fault many times, on both back ends, and what each cost.
 
     python benchmarks/faults.py [--seed 0] [--output benchmarks/results/faults.json]
+    python benchmarks/faults.py --share 0.2      # a fifth of the injections: shows that it runs
 
 The scenarios are those of the test suite (tests/faults), with more injections: whole pre-computations of 72
 rows (samples, rewards and log-probs of 6 prompts) in blocks of 5, killed, cut off, refused and damaged, and
-run again until done. The table is printed as Markdown, for docs/operations.md. Needs the development
+run again until done. The table is printed as Markdown, for docs/reference/faults.md. Needs the development
 dependencies (the S3 server is one of them) and some minutes of two cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import secrets
 import subprocess
@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from _result import command_line, hardware, publish
+from _result import about, options, publish
 from _s3_server import BUCKET, s3_server
 
 from qrpo_core.config import StoreConfig
@@ -55,23 +55,27 @@ COLUMNS = {
 }
 
 
-def everywhere(ground: Ground, seed: int) -> list[Scenario]:
-    """The faults of every back end."""
+def everywhere(ground: Ground, seed: int, share: float) -> list[Scenario]:
+    """The faults of every back end; share : of the injections of the table, at least one each."""
+
+    def some(count: int) -> int:
+        return max(1, round(share * count))
+
     return [
-        lambda: scenarios.sigkills(ground, 20, seed),
-        lambda: scenarios.commit_kills(ground, 18, seed),
-        lambda: scenarios.interrupts(ground, 6, seed),
-        lambda: scenarios.race(ground, 16),
-        lambda: total([scenarios.two_budgets(ground) for _ in range(3)]),
-        *(partial(scenarios.damage, ground, [what] * 3, seed) for what in DAMAGE),
+        lambda: scenarios.sigkills(ground, some(20), seed),
+        lambda: scenarios.commit_kills(ground, some(18), seed),
+        lambda: scenarios.interrupts(ground, some(6), seed),
+        lambda: scenarios.race(ground, some(16)),
+        lambda: total([scenarios.two_budgets(ground) for _ in range(some(3))]),
+        *(partial(scenarios.damage, ground, [what] * some(3), seed) for what in DAMAGE),
         lambda: scenarios.damaged_artifacts(ground, seed),
-        lambda: scenarios.jumping_clock(ground, 6, seed),
+        lambda: scenarios.jumping_clock(ground, some(6), seed),
     ]
 
 
-def of_directories(ground: Ground, seed: int) -> list[Scenario]:
+def of_directories(ground: Ground, seed: int, share: float) -> list[Scenario]:
     """The faults of a disk."""
-    return [lambda: scenarios.full_disk(ground, 6, seed), lambda: _small_disk(ground)]
+    return [lambda: scenarios.full_disk(ground, max(1, round(6 * share)), seed), lambda: _small_disk(ground)]
 
 
 def of_networks(ground: Ground, endpoint: str, seed: int) -> list[Scenario]:
@@ -120,7 +124,7 @@ def run(named: Sequence[Scenario]) -> list[dict[str, Any]]:
 
 
 def markdown(outcomes: Sequence[dict[str, Any]]) -> str:
-    """The table of docs/operations.md."""
+    """The table of docs/reference/faults.md."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
     for outcome in outcomes:
         if outcome["injected"]:
@@ -129,19 +133,16 @@ def markdown(outcomes: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--share", type=float, default=1.0)
     arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "benchmark": "faults over whole pre-computations, on a directory and on SeaweedFS",
-        "hardware": hardware(),
-        "command": command_line(),
-    }
+    result = about("faults over whole pre-computations, on a directory and on SeaweedFS")
+    given = arguments.seed, arguments.share
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, grounds(Path(folder)) as (directory, bucket, url):
-        outcomes = run([*everywhere(directory, arguments.seed), *of_directories(directory, arguments.seed)])
-        outcomes += run([*everywhere(bucket, arguments.seed), *of_networks(bucket, url, arguments.seed)])
+        outcomes = run([*everywhere(directory, *given), *of_directories(directory, *given)])
+        outcomes += run([*everywhere(bucket, *given), *of_networks(bucket, url, arguments.seed)])
     result |= {"seconds": round(time.perf_counter() - started, 1), "outcomes": outcomes}
     publish(result, arguments.output, shown=markdown(outcomes))
 

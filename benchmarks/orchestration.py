@@ -3,7 +3,7 @@
     python benchmarks/orchestration.py [--blocks 2000] [--output benchmarks/results/orchestration.json]
 
 The stage `sample references` of the demo with the fake engine and blocks of four rows, as every flow runs it
-(`tasks.blocks.fill`), in a flow on a server of its own, into a fresh store; and the same blocks without
+(`tasks.row_stages.row_stage`), in a flow on its own server, into a fresh store; and the same blocks without
 Prefect. `--blocks` is about how many: each training prompt is one, and a hash decides which are for training.
 Goals: the flow takes at most 60 s more, and 30 s after it the server has recorded how every task ended.
 """
@@ -18,11 +18,11 @@ from typing import Any
 
 from _result import ROOT, about, options, publish
 
-from flows.server import PrefectServer, prefect_server, quiet_console
+from flows.service.server import PrefectServer, prefect_server, quiet_console
 from qrpo_core.config import Experiment
-from qrpo_core.experiments import load_experiment
-from qrpo_core.steps.chain import reference_steps
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.config.reading import load_experiment
+from qrpo_core.pipeline.experiment_steps import reference_steps
+from qrpo_core.pipeline.workspace import Workspace
 
 _ROWS = 4
 
@@ -34,6 +34,7 @@ def experiment(store: Path, blocks: int) -> Experiment:
         f"store.rows_per_block={_ROWS}",
         f"sampling.references_per_prompt={_ROWS}",
         "sampling.engine=fake",
+        "training_data={mode: random}",
         "prompts.templates=['Number {n}']",
         f"prompts.words={{n: {[str(n) for n in range(2 * blocks)]}}}",
         f"prompts.size={2 * blocks}",
@@ -44,7 +45,7 @@ def experiment(store: Path, blocks: int) -> Experiment:
 
 def prepare(store: Path, blocks: int) -> Workspace:
     """A store with model and prompts, nothing drawn."""
-    from qrpo_core.steps import policies, prompts
+    from qrpo_core.pipeline import policies, prompts
 
     workspace = Workspace(experiment(store, blocks))
     policies.convert(workspace, policies.source_of(workspace))
@@ -66,13 +67,14 @@ def with_prefect(workspace: Workspace) -> tuple[int, float, float | None]:
     """The stage in a flow; task runs, seconds, and how long after it the server's record was complete."""
     from prefect import flow
 
-    from tasks.blocks import fill
+    from tasks.row_stages import row_stage
 
     @flow(name="orchestration")
     def stage() -> int:
-        return fill(workspace, reference_steps(workspace)[0]).computed
+        done, _ = row_stage(workspace, reference_steps(workspace)[0])
+        return done.computed
 
-    with prefect_server(PrefectServer().start(), settle=0) as server:
+    with prefect_server(PrefectServer().start(), flush_seconds=0) as server:
         started = time.perf_counter()
         rows = stage()
         seconds = time.perf_counter() - started

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _result import command_line, hardware, publish
+from _result import about, publish
 
 from qrpo_core.objective.quantiles import rank_counts_table
 
@@ -87,12 +87,12 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(arguments.one == "ties")))
         return
-    result = {
-        "benchmark": "rank_counts_table: 10M reference rewards, 200k ragged prompts, 400k samples, shuffled",
-        "goal": {"seconds": 3.0, "peak_rss_gb": 1.0, "cores": 2},
-        "hardware": hardware(),
-        "versions": {"numpy": np.__version__},
-        "command": command_line(),
+    result = about(
+        "rank_counts_table: 10M reference rewards, 200k ragged prompts, 400k samples, shuffled",
+        goal={"seconds": 3.0, "peak_rss_gb": 1.0, "cores": 2},
+        versions={"numpy": np.__version__},
+    )
+    result |= {
         "distinct_rewards": run(False, arguments.repeats),
         "tied_rewards": run(True, arguments.repeats),
     }

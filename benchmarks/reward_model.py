@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 import transformers
-from _result import command_line, hardware, publish
+from _result import about, publish
 from _smollm2 import SMOLLM2
 
 from qrpo_core.config import ModelConfig
-from qrpo_core.policy import materialise, resolve_model
+from qrpo_core.config.rewards import ModelRewardConfig
+from qrpo_core.models.loading import convert_gguf
+from qrpo_core.models.source import resolve_model
 from qrpo_core.rewards.base import RewardRequest
-from qrpo_core.rewards.config import ModelRewardConfig
-from qrpo_core.rewards.model import ModelReward
+from qrpo_core.rewards.model.reward import ModelReward
 
 #: Of the random classifiers.
 SHAPES = {
@@ -73,8 +74,8 @@ def write_classifiers(model: str, names: list[str], folder: Path) -> dict[str, P
     """The classifiers `names`, by name."""
     source = resolve_model(ModelConfig(path=model))
     policy = folder / "policy"
-    if source.needs_materialising:
-        materialise(source, "float32", policy)
+    if source.needs_conversion:
+        convert_gguf(source, "float32", policy)
     else:
         policy = source.directory
     tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
@@ -145,7 +146,14 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     arguments = parser.parse_args()
-    machine = hardware()
+    head = about(
+        "ModelReward.score beside one row at a time",
+        goal={"times": 3.0, "largest_difference_float32": 1e-4},
+        note=arguments.note,
+        rows=arguments.rows,
+        threads=torch.get_num_threads(),
+        versions={"transformers": transformers.__version__},
+    )
     with tempfile.TemporaryDirectory(prefix="qrpo-reward-model-") as scratch:
         paths = write_classifiers(arguments.model, arguments.classifiers, Path(scratch))
         requests = rows(arguments.rows)
@@ -154,18 +162,7 @@ def main() -> None:
             for name in arguments.classifiers
             for dtype in arguments.dtypes
         }
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    result = {
-        "benchmark": "ModelReward.score beside one row at a time",
-        "goal": {"times": 3.0, "largest_difference_float32": 1e-4},
-        "note": arguments.note,
-        "rows": arguments.rows,
-        "hardware": machine | {"gpu": cuda, "threads": torch.get_num_threads()},
-        "versions": {"transformers": transformers.__version__},
-        "command": command_line(),
-        **results,
-    }
-    publish(result, arguments.output)
+    publish(head | results, arguments.output)
 
 
 if __name__ == "__main__":

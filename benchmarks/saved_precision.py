@@ -26,12 +26,12 @@ from _result import about, options, publish
 from _smollm2 import smollm2
 
 from qrpo_core.config import ObjectiveConfig, TrainingConfig
-from qrpo_core.data.chat import Chat
 from qrpo_core.data.collator import Example
-from qrpo_core.policy import load_model
-from qrpo_core.rounding import stochastic_bfloat16
-from qrpo_core.train.run import train_policy
-from qrpo_core.train.survival import float32_logprobs, survival
+from qrpo_core.models.chat import Chat
+from qrpo_core.models.loading import load_model
+from qrpo_core.models.rounding import stochastic_bfloat16
+from qrpo_core.training.run import train_policy
+from qrpo_core.training.survival import float32_logprobs, survival
 
 ROOT = Path(__file__).parents[1]
 RATES = (1e-6, 1e-5, 1e-4)

@@ -31,9 +31,10 @@ import httpx
 from _result import ROOT, about, options, publish
 
 from qrpo_core.config import Experiment
-from qrpo_core.experiments import load_experiment
-from qrpo_core.steps.chain import reference_steps
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.config.form import whole
+from qrpo_core.config.reading import load_experiment
+from qrpo_core.pipeline.experiment_steps import reference_steps
+from qrpo_core.pipeline.workspace import Workspace
 
 _PROMPTS, _REFERENCES, _BLOCK = 60, 20, 24
 _ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -49,7 +50,7 @@ def experiment(store: Path, seconds: float) -> Experiment:
         f"fake.seconds_per_row={seconds / (_PROMPTS * _REFERENCES)}",
         "sampling.max_new_tokens=8",
         "reward={kind: length, max_words: 1}",
-        "training_data.count=1",
+        "training_data={mode: random, count: 1}",
         "prompts.templates=['Number {n}']",
         f"prompts.words={{n: {[str(n) for n in range(200)]}}}",
         "prompts.size=200",
@@ -69,7 +70,7 @@ class Service:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         self.environment = {**kept, "PREFECT_HOME": str(folder), "PREFECT_SERVER_API_PORT": str(port)}
         self.log = (folder / "log").open("wb")
-        self.server = self.start("flows.serve")
+        self.server = self.start("flows.service.serve")
         self.environment["PREFECT_API_URL"] = self.url
         while True:
             with contextlib.suppress(httpx.TransportError):
@@ -77,7 +78,7 @@ class Service:
                     break
             time.sleep(0.2)
         subprocess.run(
-            [sys.executable, "-m", "flows.deploy"],
+            [sys.executable, "-m", "flows.service.deploy"],
             cwd=ROOT,
             env=self.environment,
             check=True,
@@ -94,7 +95,7 @@ class Service:
     @contextlib.contextmanager
     def workers(self, count: int) -> Iterator[None]:
         """So many workers of the pool gpu, one of cpu, online."""
-        started = self.start("flows.workers", *map(str, range(count)))
+        started = self.start("flows.service.workers", *map(str, range(count)))
         while self.online() != count:
             time.sleep(0.2)
         try:
@@ -102,8 +103,12 @@ class Service:
         finally:
             started.terminate()
             started.wait()
-            while self.online():  # it is off when it has missed three heartbeats
-                time.sleep(1)
+            for worker in self.ask(
+                "/work_pools/gpu/workers/filter"
+            ):  # else it counts as online for 90 s more
+                httpx.delete(
+                    f"{self.url}/work_pools/gpu/workers/{worker['name']}", timeout=60
+                ).raise_for_status()
 
     def online(self) -> int:
         """Workers of the pool gpu that the server takes for alive."""
@@ -119,7 +124,7 @@ class Service:
     def precompute(self, wanted: Experiment) -> str:
         """Start the deployment; id of the run."""
         found = self.ask("/deployments/filter", deployments={"name": {"any_": ["precompute"]}})[0]
-        parameters = {"experiment": wanted.model_dump(mode="json")}
+        parameters = {"experiment": whole(wanted)}
         return str(self.ask(f"/deployments/{found['id']}/create_flow_run", parameters=parameters)["id"])
 
     def run(self, run: str) -> dict[str, Any]:
@@ -133,8 +138,8 @@ class Service:
         return state
 
     def shares(self) -> list[dict[str, Any]]:
-        """Runs of sample-share, the oldest first."""
-        found = self.ask("/flow_runs/filter", flows={"name": {"any_": ["sample-share"]}})
+        """Runs of sample-shard, the oldest first."""
+        found = self.ask("/flow_runs/filter", flows={"name": {"any_": ["sample-shard"]}})
         return sorted(found, key=lambda run: str(run["created"]))
 
 
@@ -152,10 +157,10 @@ def bought(wanted: Experiment) -> tuple[int, int]:
     """Reference rows in the store: different ones, and in all."""
     workspace = Workspace(wanted)
     rows = [
-        (run.key, index)
+        (row_range.key, index)
         for block in workspace.blocks.committed(reference_steps(workspace)[0].recipe)
-        for run in block.runs
-        for index in range(run.first, run.first + run.count)
+        for row_range in block.ranges
+        for index in range(row_range.first, row_range.first + row_range.count)
     ]
     return len(set(rows)), len(rows)
 
@@ -166,6 +171,8 @@ def killed(service: Service, wanted: Experiment) -> dict[str, Any]:
     before = {share["id"] for share in service.shares()}
     total = 0
     while not total or bought(wanted)[0] < total / 3:
+        if (state := service.run(run)["state_type"]) in _ENDED:
+            raise RuntimeError(f"the run is {state} before a third of its rows was there")
         time.sleep(1)
         with contextlib.suppress(Exception):  # the store is not there yet
             total = sum(map(len, reference_steps(Workspace(wanted))[0].wanted.values()))

@@ -28,14 +28,15 @@ from pathlib import Path
 
 import botocore
 import numpy as np
-from _result import command_line, hardware, publish
+from _result import about, publish
 from _s3_server import BUCKET, s3_server
 
+from qrpo_core.common.hashing import digest_json
 from qrpo_core.config import StoreConfig
-from qrpo_core.ids import digest_json
-from qrpo_core.store.block_manifest import make_manifest, to_json
-from qrpo_core.store.blocks import BlockPlan, Blocks, Run, count_rows, pack
-from qrpo_core.store.objects import open_objects
+from qrpo_core.store.backends.opening import open_objects
+from qrpo_core.store.blocks.block_store import BlockStore
+from qrpo_core.store.blocks.manifest import make_manifest, to_json
+from qrpo_core.store.blocks.planning import BlockPlan, RowRange, count_rows, pack
 from qrpo_core.store.recipe import Recipe
 
 PROMPTS, SAMPLES, ROWS_PER_BLOCK = 1_000_000, 16, 8192
@@ -48,11 +49,11 @@ def prompt_ids() -> list[str]:
     return [digest_json(number) for number in range(PROMPTS)]
 
 
-def runs(case: str) -> Iterator[Run]:
+def runs(case: str) -> Iterator[RowRange]:
     """The rows that are in the store, in the order in which they were drawn."""
     ids = prompt_ids()
     if case == "prompts":
-        yield from (Run(key, 0, SAMPLES) for key in ids[: PRESENT // SAMPLES])
+        yield from (RowRange(key, 0, SAMPLES) for key in ids[: PRESENT // SAMPLES])
         return
     most = PRESENT - 14 * PROMPTS  # so many prompts have 15 samples, the others 14
     budgets = (4, 8, 12, 15) if case == "top_up" else range(1, 16)
@@ -61,7 +62,7 @@ def runs(case: str) -> Iterator[Run]:
         for place, key in enumerate(ids):
             count = min(budget, 15 if place < most else 14) - before
             if count:
-                yield Run(key, before, count)
+                yield RowRange(key, before, count)
         before = budget
 
 
@@ -72,9 +73,9 @@ def fill(store: StoreConfig, case: str) -> dict[str, int]:
 
     def write(plan: BlockPlan) -> tuple[BlockPlan, int]:
         data = to_json(make_manifest(plan, digest_json(plan.id) * 2, 1_000_000, 300.0, {"exact": True}))
-        local = objects.local(plan.index)
+        local = objects.local(plan.manifest_key)
         if local is None:
-            objects.write(plan.index, data)
+            objects.write(plan.manifest_key, data)
         else:  # unsynced: this is not what is measured
             local.parent.mkdir(parents=True, exist_ok=True)
             local.write_bytes(data)
@@ -83,7 +84,7 @@ def fill(store: StoreConfig, case: str) -> dict[str, int]:
     with ThreadPoolExecutor(4) as pool:
         for plan, size in pool.map(write, pack(RECIPE, runs(case), ROWS_PER_BLOCK)):
             counts["blocks"] += 1
-            counts["runs"] += len(plan.runs)
+            counts["runs"] += len(plan.ranges)
             counts["rows"] += plan.rows
             counts["manifest_bytes"] += size
     assert counts["rows"] == PRESENT
@@ -95,7 +96,7 @@ def measure(store: StoreConfig) -> dict[str, float]:
     wanted = {key: range(SAMPLES) for key in prompt_ids()}
     inputs = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
-    plans = Blocks(open_objects(store), store).plan(RECIPE, wanted, ROWS_PER_BLOCK)
+    plans = BlockStore(open_objects(store), store).plan(RECIPE, wanted, ROWS_PER_BLOCK)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     missing = sum(plan.rows for plan in plans)
     assert missing == count_rows(wanted) - PRESENT, missing
@@ -129,17 +130,12 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(StoreConfig.model_validate_json(arguments.one))))
         return
-    result = {
-        "benchmark": "Blocks.plan: 1M prompts x 16, 14.4M rows present in blocks of 8192 rows",
-        "goal": {"seconds": 60.0, "peak_rss_gb": 4.0, "cores": 2},
-        "note": arguments.note,
-        "hardware": hardware(),
-        "versions": {
-            "numpy": np.__version__,
-            "botocore": botocore.__version__,
-        },
-        "command": command_line(),
-    }
+    result = about(
+        "BlockStore.plan: 1M prompts x 16, 14.4M rows present in blocks of 8192 rows",
+        goal={"seconds": 60.0, "peak_rss_gb": 4.0, "cores": 2},
+        note=arguments.note,
+        versions={"numpy": np.__version__, "botocore": botocore.__version__},
+    )
     with tempfile.TemporaryDirectory() as scratch, s3_server(Path(scratch) / "s3") as url:
         for case in arguments.cases:
             local = StoreConfig(path=f"{scratch}/{case}")

@@ -4,10 +4,10 @@
 
 A block is 8192 completions of 60 tokens. Goal: at least 0.8 of the rate of plain pyarrow. Plain writing is
 `pq.write_table` (zstd) of a file each; plain reading is the faster of one `pq.read_table` of the folder and
-one of each file. Ours is `Blocks.commit` and `Blocks.read` of everything, by a reader that knows nothing yet:
-plans, digests, manifests and listings included, and on disk the fsync of each file and folder, which plain
-writing does without; it is given with fsync as well, and our time in fsync and sha256 is measured. Both use a
-connection that is open already, and take turns; a ratio is the median over the repeats.
+one of each file. Ours is `BlockStore.commit` and `BlockStore.read` of everything, by a reader that knows
+nothing yet: plans, digests, manifests and listings included, and on disk the fsync of each file and folder,
+which plain writing does without; it is given with fsync as well; our time in fsync and sha256 is measured.
+Both use a connection that is open already, and take turns; a ratio is the median over the repeats.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from _result import command_line, hardware, publish
+from _result import about, publish
 from _s3_server import ACCESS, BUCKET, SECRET, s3_server
 
+from qrpo_core.common.hashing import digest_json
+from qrpo_core.common.schemas import COMPLETIONS
 from qrpo_core.config import StoreConfig
-from qrpo_core.ids import digest_json
-from qrpo_core.records import COMPLETIONS
-from qrpo_core.store import block_data, blocks, local
-from qrpo_core.store.blocks import BlockPlan, Blocks, Wanted
-from qrpo_core.store.objects import Objects, open_objects
+from qrpo_core.store.backends import local
+from qrpo_core.store.backends.interface import Objects
+from qrpo_core.store.backends.opening import open_objects
+from qrpo_core.store.blocks import block_store, reading
+from qrpo_core.store.blocks.block_store import BlockStore
+from qrpo_core.store.blocks.planning import BlockPlan, Wanted
 from qrpo_core.store.recipe import Recipe
 
 ROWS, TOKENS, SAMPLES = 8192, 60, 16
@@ -48,10 +51,10 @@ def make_blocks(count: int) -> tuple[Wanted, list[Make]]:
     """Completions whose tokens follow a Zipf law, as text does, and whose text has a word for each."""
     rng = np.random.default_rng(0)
     wanted = {digest_json(number): range(SAMPLES) for number in range(count * ROWS // SAMPLES)}
-    scratch = Blocks(open_objects(StoreConfig(path="/nonexistent")))
+    scratch = BlockStore(open_objects(StoreConfig(path="/nonexistent")))
     made = []
     for plan in scratch.plan(RECIPE, wanted, ROWS):
-        keys, indices = zip(*plan.pairs(), strict=True)
+        keys, indices = zip(*plan.row_ids(), strict=True)
         tokens = np.minimum(rng.zipf(1.3, (ROWS, TOKENS)), 49_151).astype(np.int32)
         columns = {
             "prompt_id": pa.array(keys),
@@ -94,13 +97,13 @@ def plain_read(fs: pafs.FileSystem, folder: str, made: list[Make]) -> float:
 
 
 def our_write(objects: Objects, made: list[Make]) -> None:
-    ours = Blocks(objects)
+    ours = BlockStore(objects)
     for plan, table in made:
-        ours.commit(BlockPlan(RECIPE, plan.runs), table, COMPLETIONS, 300.0, exact=True)
+        ours.commit(BlockPlan(RECIPE, plan.ranges), table, COMPLETIONS, 300.0, exact=True)
 
 
 def our_read(objects: Objects, wanted: Wanted) -> pa.Table:
-    return Blocks(objects).read(RECIPE, wanted, COMPLETIONS)
+    return BlockStore(objects).read(RECIPE, wanted, COMPLETIONS)
 
 
 @contextmanager
@@ -120,8 +123,8 @@ def watched(spent: dict[str, float]) -> Iterator[None]:
 
     undo = [
         watch(local.os, "fsync", "fsync"),
-        watch(blocks, "digest_bytes", "sha256"),
-        watch(block_data, "digest_bytes", "sha256"),
+        watch(block_store, "digest_bytes", "sha256"),
+        watch(reading, "digest_bytes", "sha256"),
     ]
     try:
         yield
@@ -145,13 +148,13 @@ def one(
     with watched(writing):
         seconds["our_write"], _ = timed(lambda: our_write(objects, made))
     seconds["plain_read"] = plain_read(fs, f"{top}/plain", made)
-    reading: dict[str, float] = {}
-    with watched(reading):
+    read_seconds: dict[str, float] = {}
+    with watched(read_seconds):
         seconds["our_read"], table = timed(lambda: our_read(objects, wanted))
     assert table.slice(0, ROWS).equals(made[0][1])
     seconds["shares"] = {
         "write": {name: round(value / seconds["our_write"], 3) for name, value in writing.items()},
-        "read": {name: round(value / seconds["our_read"], 3) for name, value in reading.items()},
+        "read": {name: round(value / seconds["our_read"], 3) for name, value in read_seconds.items()},
     }
     return seconds
 
@@ -203,16 +206,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--note", default="", help="kept with the result, such as what else was running")
     arguments = parser.parse_args()
-    result = {
-        "benchmark": "Blocks.commit and Blocks.read beside plain pyarrow: blocks of 8192 rows",
-        "goal": {"our_rate_to_plain": 0.8},
-        "note": arguments.note,
-        "hardware": hardware(),
-        "versions": {"pyarrow": pa.__version__},
-        "command": command_line(),
-        **run(arguments.blocks, arguments.repeats),
-    }
-    publish(result, arguments.output)
+    head = about(
+        "BlockStore.commit and BlockStore.read beside plain pyarrow: blocks of 8192 rows",
+        goal={"our_rate_to_plain": 0.8},
+        note=arguments.note,
+        versions={"pyarrow": pa.__version__},
+    )
+    publish(head | run(arguments.blocks, arguments.repeats), arguments.output)
 
 
 if __name__ == "__main__":

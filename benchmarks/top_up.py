@@ -22,9 +22,9 @@ from typing import Any
 
 from _result import ROOT, about, options, publish
 
-from qrpo_core.experiments import load_experiment
-from qrpo_core.steps.chain import reference_steps
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.config.reading import load_experiment
+from qrpo_core.pipeline.experiment_steps import reference_steps
+from qrpo_core.pipeline.workspace import Workspace
 
 DEMO = ROOT / "experiments" / "demo.yaml"
 
@@ -35,6 +35,7 @@ def settings(store: Path, prompts: int, references: int) -> list[str]:
         f"store.path={store}",
         f"prompts.size={prompts}",
         f"sampling.references_per_prompt={references}",
+        "training_data={mode: random}",
     ]
 
 
@@ -68,8 +69,8 @@ def rows_and_seconds(overrides: list[str]) -> tuple[Counter[str], dict[str, floa
     seconds = {}
     for block in workspace.blocks.committed(samples.recipe):
         seconds[block.block] = block.seconds
-        for run in block.runs:
-            rows[run.key] += run.count
+        for row_range in block.ranges:
+            rows[row_range.key] += row_range.count
     return rows, seconds
 
 

@@ -1,4 +1,4 @@
-"""`precompute`: prompts, reference samples, rewards, quantiles, log-probs, training set."""
+"""`precompute`: everything before training, in the order of the README's diagram."""
 
 from __future__ import annotations
 
@@ -6,46 +6,48 @@ from typing import Literal
 
 from prefect import flow
 
-from qrpo_core.config import Experiment
-from qrpo_core.steps import policies, prompts
-from qrpo_core.steps.chain import stored_chain
-from tasks.events import PRECOMPUTED, tell
-from tasks.names import run_name
-from tasks.pool import compute_on
-from tasks.rounds import check_rows, prepare, refuse
-from tasks.stages import Stage, make, workspace_of
-from tasks.tables import publish_plan, publish_stages
+from tasks.annotate_rewards import annotate_rewards
+from tasks.assemble_training_set import assemble_training_set
+from tasks.compute_quantiles import compute_quantiles
+from tasks.events import PRECOMPUTED, emit_event
+from tasks.experiment_form import FormExperiment
+from tasks.pipeline_run import PipelineRun, Result, retry_on_damage
+from tasks.prepare_policy import prepare_policy
+from tasks.prepare_prompts import check_rows, prepare_prompts
+from tasks.run_names import run_name
+from tasks.sample_references import sample_references
+from tasks.score_reference_logprobs import score_reference_logprobs
+from tasks.stages import Stage
 
 
 @flow(name="precompute", flow_run_name=run_name)
 def precompute(
-    experiment: Experiment,
+    experiment: FormExperiment,
     pool: str | None = None,
     then: Literal["stop", "train", "train, evaluate"] = "stop",
 ) -> list[Stage]:
-    """Everything before training. Only what the store lacks is computed; raise the budget and run again.
-
-    Rewards from which nothing can be learned fail it, before log-probs are bought for them.
+    """Compute everything before training that the store lacks. Raise the budget and run again for more.
 
     Args:
         experiment: What to compute.
-        pool: Work pool whose workers compute the missing rows, a share each; ray or ray://HOST:PORT: a Ray
-            cluster does; none: this run computes them.
-        then: What the deployments do when everything is there.
+        pool: Work pool whose workers compute the missing rows, a shard each; ray or ray://HOST:PORT for a Ray
+            cluster; none for this run itself.
+        then: The deployments that start next.
     """
-    workspace = workspace_of(experiment)
-    publish_plan(workspace)
-    stages = []
-    source = policies.source_of(workspace)
-    if source.needs_materialising:
-        recipe = policies.recipe(workspace, source)
-        stages.append(make(workspace, "convert model", recipe, lambda: policies.convert(workspace, source)))
-    recipe = prompts.recipe(workspace)
-    stages.append(make(workspace, "prompts", recipe, lambda: prompts.build(workspace, recipe)))
-    stages.append(check_rows(workspace, recipe))
-    with compute_on(pool) as compute:
-        stages += prepare(workspace, stored_chain(workspace).first, compute)
-    publish_stages(stages)
-    refuse(stored_chain(workspace).first.renamed())
-    tell(PRECOMPUTED, experiment, then)
-    return stages
+    with PipelineRun(experiment, pool) as run:
+        policy = prepare_policy(run)
+        prompts = prepare_prompts(run)
+        usable = check_rows(run, prompts, policy)
+        make_training_set(run, usable)
+    emit_event(PRECOMPUTED, experiment, then)
+    return run.stages
+
+
+@retry_on_damage
+def make_training_set(run: PipelineRun, *prompts: Result) -> Result:
+    """The stages from prompts to a training set. ObjectiveError where the rewards have no signal."""
+    completions = sample_references(run, *prompts)
+    rewards = annotate_rewards(run, completions, *prompts)
+    quantiles = compute_quantiles(run, rewards)
+    logprobs = score_reference_logprobs(run, quantiles)
+    return assemble_training_set(run, quantiles, logprobs)

@@ -1,36 +1,33 @@
-"""`top_up`: bring every prompt to its budget, or to a precision, in bounded steps; fit for every night."""
+"""`top_up`: add references in bounded runs, for a nightly schedule."""
 
 from __future__ import annotations
 
-from functools import partial
-
 from prefect import flow
 
-from qrpo_core.config import Experiment
-from qrpo_core.steps.top_up import Portion, next_portion
-from qrpo_core.steps.workspace import Workspace
-from tasks.blocks import fill, mended
-from tasks.names import run_name
-from tasks.stages import Stage, workspace_of
-from tasks.tables import publish_plan, publish_stages
+from qrpo_core.pipeline.top_up import Portion, next_portion
+from tasks.experiment_form import FormExperiment
+from tasks.pipeline_run import PipelineRun, retry_on_damage
+from tasks.run_names import run_name
+from tasks.stages import Stage
 
 
 @flow(name="top-up", flow_run_name=run_name)
-def top_up(experiment: Experiment) -> list[Stage]:
-    """Draw and score missing references, at most `top_up.rows_per_run` of them; run it again for more.
+def top_up(experiment: FormExperiment) -> list[Stage]:
+    """Sample and score missing references, at most `top_up.rows_per_run` of them in a run.
 
-    With `top_up.standard_error`, prompts whose quantiles are less certain than that get a larger budget.
+    With `top_up.standard_error`, prompts whose quantiles have a larger standard error get a larger budget.
     """
-    workspace = workspace_of(experiment)
-    publish_plan(workspace)
-    stages: list[Stage] = []
-    left = experiment.top_up.rows_per_run
-    while left > 0 and (portion := next_portion(workspace, left, started=bool(stages))) is not None:
-        stages += mended(partial(_fill, workspace, portion))
-        left -= portion.rows
-    publish_stages(stages)
-    return stages
+    with PipelineRun(experiment) as run:
+        left = experiment.top_up.rows_per_run
+        while left > 0 and (portion := next_portion(run.workspace, left, started=bool(run.stages))):
+            draw_and_annotate(run, portion)
+            left -= portion.rows
+    return run.stages
 
 
-def _fill(workspace: Workspace, portion: Portion) -> list[Stage]:
-    return [fill(workspace, step) for step in portion.steps]
+@retry_on_damage
+def draw_and_annotate(run: PipelineRun, portion: Portion) -> None:
+    """Sample the missing references of some prompts and score them."""
+    samples, rewards = portion.steps
+    completions = run.compute_rows(samples)
+    run.compute_rows(rewards, completions)

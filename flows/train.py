@@ -1,41 +1,47 @@
-"""`train`: fit the policy to the stored targets, in one round or in several."""
+"""`train`: fit the policy to the stored targets, in one or several rounds."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from prefect import flow
 
+from flows.precompute import make_training_set
 from qrpo_core.config import Experiment
-from qrpo_core.steps.chain import stored_chain
-from tasks.events import TRAINED, tell
-from tasks.names import run_name
-from tasks.rounds import fit, prepare
-from tasks.stages import Stage, workspace_of
-from tasks.tables import publish_plan, publish_stages
+from tasks.events import TRAINED, emit_event
+from tasks.experiment_form import FormExperiment
+from tasks.pipeline_run import PipelineRun
+from tasks.run_names import run_name
+from tasks.stages import Stage
+from tasks.train_policy import train_policy
 
 
 @flow(name="train", flow_run_name=run_name)
-def train(experiment: Experiment, then: Literal["stop", "evaluate"] = "stop") -> list[Stage]:
-    """Training on what `precompute` made, then `rounds.count` - 1 rounds of sampling and training on.
+def train(
+    experiment: FormExperiment, then: Literal["stop", "evaluate"] = "stop", pool: str | None = None
+) -> list[Stage]:
+    """Train on the training set of `precompute`; then sample and train for `rounds.count` - 1 more rounds.
 
     Args:
         experiment: What to train.
-        then: What the deployments do when the policy is there.
+        then: The deployment that starts next.
+        pool: Work pool whose workers compute the missing rows of later rounds; ray or ray://HOST:PORT for a
+            Ray cluster; none for this run itself.
     """
-    workspace = workspace_of(experiment)
-    publish_plan(workspace)
-    stages = [fit(workspace, stored_chain(workspace).first)]
-    for number in range(2, experiment.rounds.count + 1):
-        stages += next_round(experiment, number)
-    publish_stages(stages)
-    tell(TRAINED, experiment, then)
-    return stages
+    with PipelineRun(experiment) as run:
+        before: Any = train_policy(run)
+        for number in range(2, experiment.rounds.count + 1):
+            before = next_round(experiment, number, pool, wait_for=[before])
+            run.stages += before
+    emit_event(TRAINED, experiment, then)
+    return run.stages
 
 
 @flow(name="round", flow_run_name=run_name)
-def next_round(experiment: Experiment, number: int) -> list[Stage]:
-    """Sample from the policy so far, score, rank among the fixed references, train on."""
-    workspace = workspace_of(experiment)
-    round_ = stored_chain(workspace).round(number)
-    return [*prepare(workspace, round_), fit(workspace, round_.renamed())]
+def next_round(experiment: Experiment, number: int, pool: str | None = None) -> list[Stage]:
+    """Sample from the current policy, score, rank among the same references, continue training."""
+    with PipelineRun(experiment, pool) as run:
+        run.start_round(number)
+        training_set = make_training_set(run)
+        train_policy(run, training_set)
+    return run.stages

@@ -1,26 +1,27 @@
-"""What a run tells the server, for automations to start the next one."""
+"""Events with which a run starts the next deployment."""
 
 from __future__ import annotations
 
-from prefect.events import emit_event
+from prefect import events
 
 from qrpo_core.config import Experiment
+from qrpo_core.config.form import whole
 
-#: Told when the training set is in the store, and when the policy is.
+#: Emitted when the training set is in the store, and when the policy is.
 PRECOMPUTED, TRAINED = "qrpo.precomputed", "qrpo.trained"
 
 
-def tell(event: str, experiment: Experiment, then: str) -> None:
-    """Emit an event about an experiment; its payload is what the next run needs as parameters.
+def emit_event(event: str, experiment: Experiment, then: str) -> None:
+    """Emit an event about an experiment. Its payload holds the parameters of the next run.
 
-    then : what is asked to follow; a label of the resource, so that a trigger can match it.
+    then : the deployments that should follow; a label of the resource, which their triggers match.
     """
-    emit_event(
+    events.emit_event(
         event,
         resource={
             "prefect.resource.id": f"qrpo.experiment.{experiment.name}",
             "prefect.resource.name": experiment.name,
             "qrpo.then": then,
         },
-        payload={"experiment": experiment.model_dump(mode="json"), "then": then},
+        payload={"experiment": whole(experiment), "then": then},
     )

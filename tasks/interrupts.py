@@ -1,4 +1,4 @@
-"""Ctrl-C is heard whenever it comes, also while Prefect is busy with its own records."""
+"""Recognise Ctrl-C where Prefect turns it into another error."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def interrupted(error: BaseException) -> bool:
-    """Whether an error comes from an interrupt: is one, or was raised while one was handled."""
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error is a KeyboardInterrupt, or was raised while one was handled."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, KeyboardInterrupt):
         found = found.__cause__ or found.__context__
@@ -15,15 +15,15 @@ def interrupted(error: BaseException) -> bool:
 
 
 @contextmanager
-def interrupts() -> Iterator[None]:
-    """For a call of a task: an interrupt that Prefect made another error of is raised as what it was.
+def reraise_interrupts() -> Iterator[None]:
+    """Around the call of a task: raise KeyboardInterrupt where Prefect raises another error in its place.
 
-    One that comes while Prefect creates a task run is handled as the crash of a run that is not there yet,
-    and leaves as `ValueError: Task run is not set`: the flow would be Failed, with a traceback.
+    If Ctrl-C comes while Prefect creates a task run, Prefect handles it as the crash of a run that does not
+    exist yet and raises `ValueError: Task run is not set`: the flow would be Failed, with a traceback.
     """
     try:
         yield
     except Exception as error:
-        if interrupted(error):
+        if is_interrupt(error):
             raise KeyboardInterrupt from error
         raise

@@ -1,11 +1,10 @@
-"""Missing rows computed on a Ray cluster, in processes that keep their engine for the whole of a run.
+"""Compute missing rows on a Ray cluster, in processes that keep their engine for the whole run.
 
-Each process is a Ray actor that holds its GPUs until the run has no more rows to compute, and takes one share
-of every stage. An actor and not a task of Ray's (which is what prefect-ray submits): a task's process can be
-kept too, with max_calls=0, but Ray deals the GPUs out anew at every call, so a kept engine would stay on a
-device that Ray meanwhile gives to another process.
+Each process is a Ray actor that holds its GPUs until the run ends and computes one shard of every stage. The
+package prefect-ray submits Ray tasks instead. Their processes can be kept (max_calls=0), but Ray assigns GPUs
+anew at every call, so a kept engine would stay on a device that Ray gives to another process.
 
-Needs the extra `ray`; nothing here imports it before a row is missing.
+Needs the extra `ray`, which is imported when a row is missing.
 """
 
 from __future__ import annotations
@@ -23,38 +22,42 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import serialize_context
 from prefect.task_engine import run_task_sync
 
+from qrpo_core.common.errors import ConfigError, QRPOError
+from qrpo_core.common.extras import require
 from qrpo_core.config import Experiment
-from qrpo_core.errors import ConfigError, QRPOError
-from qrpo_core.steps import shares
-from qrpo_core.steps.blocks import BlockStep
-from qrpo_core.steps.workspace import Workspace
-from qrpo_core.store.blocks import Run
-from tasks.blocks import fill, in_waves, mended, missing_rows, rows_of
+from qrpo_core.engines.kinds import kind_of
+from qrpo_core.pipeline import shards
+from qrpo_core.store.blocks.planning import RowRange
+from tasks.dispatch import RowsToCompute, count_in, dispatch_until_complete
 from tasks.progress import announce_problem, stage_progress
+from tasks.row_stages import retry_damaged, row_stage
+from tasks.spending import spending
 from tasks.stages import workspace_of
 
-#: Seconds between looks at the store, and the longest that a process may take to end by itself.
-_LOOK, _END = 2.0, 30.0
-#: How often processes may be lost in a row, without a new row in the store.
-_TRIES = 3
+#: Seconds between polls of the store, and the longest wait for a process to exit by itself.
+POLL_SECONDS, EXIT_SECONDS = 2.0, 30.0
+#: Attempts in a row that may lose processes without adding a row to the store.
+MAX_FRUITLESS_ATTEMPTS = 3
 _ADDRESS = re.compile(r"ray://[^/:]+:\d+")
 
 
 class OnRay:
-    """Has the missing rows of steps computed on a Ray cluster; a call returns how many there are now.
+    """Computes missing rows on a Ray cluster; a call returns their number.
 
-    address : ray://HOST:PORT of the cluster's Ray Client server; None: the cluster that RAY_ADDRESS names or
-        this machine is part of, else one that is started here and ends with the run.
+    address : ray://HOST:PORT of the cluster's Ray Client server; None: the cluster of RAY_ADDRESS or of this
+        machine, else a local one that ends with the run.
 
-    A context: its processes, engines loaded, live from the first missing row until it is left. Raises
-    ConfigError without the package, the cluster, or enough GPUs on a node; QRPOError where a share fails
-    without having brought anything, and where what was computed is not in the store.
+    The processes and their engines live from the first missing row until the context exits. Raises
+    ConfigError without the package, the cluster, or enough GPUs on a node; QRPOError where a shard fails
+    without having added a row, or where computed rows are not in this run's store.
     """
 
     def __init__(self, address: str | None = None) -> None:
         if address is not None and not _ADDRESS.fullmatch(address):
             raise ConfigError(
-                f"{address!r} is no address of a Ray cluster", where="pool", remedy="ray, or ray://HOST:PORT"
+                f"{address!r} is not the address of a Ray cluster",
+                where="pool",
+                remedy="ray, or ray://HOST:PORT",
             )
         self._address = address
         self._connected_here = False
@@ -64,50 +67,53 @@ class OnRay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        """End the processes: at once if the run failed or was interrupted, else when they have reported."""
+        """End the processes: at once if the run failed, else after their last reports to the server."""
         self._end(at_once=kind is not None)
         if self._connected_here:
             _ray().shutdown()
             self._connected_here = False
 
-    def __call__(self, workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -> int:
-        def wave(left: Sequence[Run]) -> list[Exception]:
-            self._start(workspace.experiment)
-            return self._compute(workspace, step, left)
+    def __call__(self, missing: RowsToCompute) -> int:
+        def dispatch(left: Sequence[RowRange]) -> list[Exception]:
+            self._start(missing.workspace.given)
+            return self._compute(missing, left)
 
-        return in_waves(workspace, step, missing, wave, _judge)
+        return dispatch_until_complete(missing, dispatch, _check)
 
     def _start(self, experiment: Experiment) -> None:
-        """Have a process for every share, if there are none yet."""
+        """Start a process for every shard, unless they run already."""
         if self._processes:
             return
         ray = _ray()
         if not ray.is_initialized():
             _connect(self._address)
             self._connected_here = True
-        count, options = places([node["Resources"] for node in ray.nodes() if node["Alive"]], experiment)
+        count, options = process_layout(
+            [node["Resources"] for node in ray.nodes() if node["Alive"]], experiment
+        )
         actor = ray.remote(_Process).options(**options)
         self._processes = [actor.remote() for _ in range(count)]
 
-    def _compute(self, workspace: Workspace, step: BlockStep, missing: Sequence[Run]) -> list[Exception]:
-        """Compute what is missing, a share in each process; returns how shares failed."""
+    def _compute(self, missing: RowsToCompute, rows: Sequence[RowRange]) -> list[Exception]:
+        """Compute these rows, a shard in each process; returns the errors of failed shards."""
         ray = _ray()
-        experiment, context = workspace.experiment.model_dump_json(), serialize_context()
-        split = shares.split(step, missing, len(self._processes))
+        experiment, context = missing.workspace.given.model_dump_json(), serialize_context()
+        split = shards.split(missing.step, rows, len(self._processes))
         open_ = [
-            process.compute.remote(experiment, share.model_dump_json(), context)
-            for process, share in zip(self._processes, split, strict=False)
+            process.compute.remote(experiment, shard.model_dump_json(), context)
+            for process, shard in zip(self._processes, split, strict=False)
         ]
-        calls, left = list(open_), rows_of(missing)
-        with stage_progress(step.label, left, machines=len(calls)) as advance:
+        calls, left = list(open_), count_in(rows)
+        with stage_progress(missing.step.label, left, machines=len(calls)) as advance:
             while open_:
-                _, open_ = ray.wait(open_, num_returns=len(open_), timeout=_LOOK)
-                now = rows_of(missing_rows(workspace, step))
+                _, open_ = ray.wait(open_, num_returns=len(open_), timeout=POLL_SECONDS)
+                now = count_in(missing.still_missing())
                 advance(max(0, left - now))
                 left = min(left, now)
+                spending.check(missing.step.label)  # above the cap: the processes end with the run
         failures = [failure for call in calls if (failure := _failure(call)) is not None]
         if any(not isinstance(failure, QRPOError) for failure in failures):
-            # All of them, not the lost ones alone: each then gets devices that no other process is still on.
+            # All processes, so that each new one gets devices that no old one still holds.
             self._end(at_once=True)
         return failures
 
@@ -117,28 +123,28 @@ class OnRay:
         if not processes:
             return
         ray = _ray()
-        if not at_once:  # at their exit they send what the Prefect server has not been told yet
+        if not at_once:  # at exit they send their last events to the Prefect server
             ray.wait(
                 [process.__ray_terminate__.remote() for process in processes],
                 num_returns=len(processes),
-                timeout=_END,
+                timeout=EXIT_SECONDS,
             )
         for process in processes:
             ray.kill(process)
 
 
-def places(nodes: Sequence[Mapping[str, float]], experiment: Experiment) -> tuple[int, dict[str, Any]]:
-    """How many processes a cluster has room for, and what each of them asks of Ray.
+def process_layout(
+    nodes: Sequence[Mapping[str, float]], experiment: Experiment
+) -> tuple[int, dict[str, Any]]:
+    """The number of processes for a cluster, and the Ray options of each.
 
     nodes : the resources of each node, as Ray counts them ("CPU", "GPU").
 
-    One for each GPU of the cluster; with vLLM, for as many on one node as its engines need. Without GPUs one
-    for each node that has CPUs. Raises ConfigError where no node has room.
+    One process for each GPU of the cluster; with vLLM, one for each group of GPUs on a node that its engines
+    need; without GPUs, one for each node with CPUs. Raises ConfigError where no node has room.
     """
     if any(node.get("GPU", 0) >= 1 for node in nodes):
-        wanted = 1
-        if experiment.sampling.engine == "vllm":
-            wanted = (experiment.vllm.engines or 1) * experiment.vllm.tensor_parallel_size
+        wanted = max(1, kind_of(experiment).gpus(experiment, visible=()))
         count = sum(int(node.get("GPU", 0)) // wanted for node in nodes)
         if not count:
             raise ConfigError(
@@ -154,39 +160,36 @@ def places(nodes: Sequence[Mapping[str, float]], experiment: Experiment) -> tupl
 
 
 class _Process:
-    """The actor. It only says where `compute_share` runs: what is kept between calls is the workspace."""
+    """The actor that `compute_shard` runs in. Between calls the process keeps its workspace."""
 
-    def compute(self, experiment: str, share: str, context: dict[str, Any]) -> dict[str, int]:
-        """Compute a share as a task run of the flow run that asks. JSON, but for what Prefect knows of it."""
-        parameters = {"experiment": json.loads(experiment), "share": json.loads(share)}
-        return run_task_sync(compute_share, parameters=parameters, context=context)
+    def compute(self, experiment: str, shard: str, context: dict[str, Any]) -> dict[str, int]:
+        """Compute a shard as a task run of the calling flow run; experiment and shard are JSON."""
+        parameters = {"experiment": json.loads(experiment), "shard": json.loads(shard)}
+        return run_task_sync(compute_shard, parameters=parameters, context=context)
 
 
-@task(name="share", task_run_name="share of {share[stage]}", cache_policy=NO_CACHE)
-def compute_share(experiment: dict[str, Any], share: dict[str, Any]) -> dict[str, int]:
-    """Compute what is missing of a share and commit it, with the workspace and the engine of this process."""
+@task(name="shard", task_run_name="shard of {shard[stage]}", cache_policy=NO_CACHE)
+def compute_shard(experiment: dict[str, Any], shard: dict[str, Any]) -> dict[str, int]:
+    """Compute and commit the missing rows of a shard with the workspace and engine of this process."""
     workspace = workspace_of(Experiment.model_validate(experiment))
-    wanted = shares.Share.model_validate(share)
-    (stage,) = mended(lambda: [fill(workspace, shares.step_of(workspace, wanted))])
+    wanted = shards.Shard.model_validate(shard)
+    stage, _ = retry_damaged(lambda: row_stage(workspace, shards.step_of(workspace, wanted)))
     return {"reused": stage.reused, "computed": stage.computed}
 
 
 def _ray() -> Any:
-    """The package, which is optional."""
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError(
-            "the package ray is not installed", where="pool", remedy="pip install 'qrpo[ray]'"
-        ) from None
+    """The optional package."""
+    require("ray", "pool 'ray'", where="pool")
+    import ray
+
     return ray
 
 
 def _connect(address: str | None) -> None:
-    """Join the cluster; where there is none to join and none is named, start one on this machine."""
+    """Join the cluster; start a local one where no address is given and none runs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray, handler = _ray(), signal.getsignal(signal.SIGTERM)
-    try:  # what the processes log goes to the flow run by itself
+    try:  # Prefect sends the processes' logs to the flow run
         ray.init(address, namespace="qrpo", log_to_driver=False)
     except ConnectionError as error:
         raise ConfigError(
@@ -196,35 +199,35 @@ def _connect(address: str | None) -> None:
         ) from error
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray sets its own; Prefect's is what ends a run in order
+            signal.signal(signal.SIGTERM, handler)  # Ray replaces Prefect's handler, which ends a run cleanly
 
 
 def _failure(call: Any) -> Exception | None:
-    """How a share ended that did not end well: its own QRPOError, or Ray's of a process that was lost."""
+    """The error of a failed shard: its QRPOError, or Ray's error for a lost process; None if it finished."""
     try:
         _ray().get(call)
     except Exception as error:
-        cause = getattr(error, "cause", None)  # Ray wraps what the share raised, with the trace of there
+        cause = getattr(error, "cause", None)  # Ray wraps the shard's error with its remote traceback
         return cause if isinstance(cause, QRPOError) else error
     return None
 
 
-def _judge(failures: Sequence[Exception], fruitless: int) -> None:
-    """Raise where it makes no sense to compute shares again. fruitless : times in a row without a new row."""
+def _check(failures: Sequence[Exception], fruitless: int) -> None:
+    """Raise where another attempt makes no sense. fruitless : attempts in a row that added no row."""
     ray = _ray()
     for failure in failures:
         lost = isinstance(failure, ray.exceptions.RayError)
         lost = lost and not isinstance(failure, ray.exceptions.RayTaskError)  # an error of the code
         if fruitless and isinstance(failure, QRPOError):
             raise failure
-        if fruitless and (not lost or fruitless >= _TRIES):
+        if fruitless and (not lost or fruitless >= MAX_FRUITLESS_ATTEMPTS):
             raise QRPOError(
-                f"a share did not come to its end on the Ray cluster ({type(failure).__name__}: {failure})",
-                remedy="what was committed stays, and the next run goes on from there",
+                f"a shard did not finish on the Ray cluster ({type(failure).__name__}: {failure})",
+                remedy="committed rows stay, and the next run computes the others",
             ) from failure
-        announce_problem(f"{type(failure).__name__}: {failure}; what it left is shared out again")
+        announce_problem(f"{type(failure).__name__}: {failure}; its missing rows are split again")
     if fruitless and not failures:
         raise QRPOError(
             "the Ray cluster has computed the missing rows, and they are not in this run's store",
-            remedy="use a store that every node reaches: S3, or a folder that they share, by its whole path",
+            remedy="use a store that every node reaches: S3, or a shared folder by its absolute path",
         )

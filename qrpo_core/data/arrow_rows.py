@@ -1,8 +1,7 @@
-"""Rows of Arrow tables and Parquet files, with the values that a person sees in them.
+"""Rows of Arrow tables and Parquet files as plain values that JSON knows.
 
-What JSON does not know becomes what JSON would have said: float32 and float16 their shortest spelling (0.1,
-not 0.10000000149011612), decimals a number where it keeps every digit and else their digits as text, dates
-and times ISO text, cells of Arrow's JSON type what they spell.
+float32 and float16 become their shortest spelling (0.1, not 0.10000000149011612). A decimal becomes a number
+if that keeps every digit, else text. Dates and times become ISO text. Cells of Arrow's JSON type are parsed.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from qrpo_core.data.config import PromptsConfig
+from qrpo_core.common.errors import DataError
+from qrpo_core.config.prompts import PromptsConfig
 from qrpo_core.data.rows import check_columns
 from qrpo_core.data.text_rows import decode_json
-from qrpo_core.errors import DataError
 
 _BATCH = 4096
 
@@ -24,7 +23,7 @@ Read = Callable[[Any], Any]
 
 
 def read_parquet(stream: Any, shown: str, config: PromptsConfig) -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows of a Parquet file with places `shown row i` (0-based, as tables count)."""
+    """Yield the rows of a Parquet file with their places, `shown row i` (counted from 0)."""
     import pyarrow.parquet as pq
 
     try:
@@ -42,7 +41,7 @@ def read_parquet(stream: Any, shown: str, config: PromptsConfig) -> Iterator[tup
 
 
 def table_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a table as mappings of plain values."""
+    """Return the rows of a table as mappings of plain values."""
     columns = []
     for name in table.schema.names:
         column = table.column(name)
@@ -53,7 +52,7 @@ def table_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
 
 
 def _reader(kind: pa.DataType) -> Read | None:
-    """What makes a plain value of pyarrow's; None where it is one already."""
+    """Return the conversion from pyarrow's value to a plain value; None if none is needed."""
     if pa.types.is_float32(kind) or pa.types.is_float16(kind):
         import numpy as np
 

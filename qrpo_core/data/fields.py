@@ -1,4 +1,4 @@
-"""Values of a row by the names that the config gives: a key, or a path of keys joined by dots."""
+"""Fields of a row by the names in the config: a key, or a path of keys joined by dots."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qrpo_core.errors import DataError
+from qrpo_core.common.errors import DataError
 
-#: What `lookup` returns where a row has no such field; null is a value.
+#: Returned by `lookup` if a row has no such field. null is a value.
 ABSENT: Any = object()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest known one, or the known ones."""
+    """Return the remedy for an unknown name: the nearest known name, or all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
@@ -23,10 +23,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
-    """The value under a key, or under keys joined by dots; ABSENT where there is none.
+    """Return the value under a key or under keys joined by dots; ABSENT if there is none.
 
-    A key that holds the dots itself goes first. What lies below a null is null, and what lies below a list of
-    objects is the list of what lies below each.
+    A key that contains the dots itself comes first. A path below null gives null. A path below a list of
+    objects gives the list of the objects' values.
     """
     if name in row:
         return row[name]
@@ -44,7 +44,7 @@ def _below(value: Any, name: str) -> Any:
 
 
 def field(row: Mapping[str, Any], name: str, source: str) -> Any:
-    """The value of a field that a row must have; DataError with the nearest name where it is absent."""
+    """Return a field that a row must have. Raises DataError with the nearest name if it is absent."""
     value = lookup(row, name)
     if value is ABSENT:
         raise DataError(f"no field {name!r}", where=source, remedy=nearest(name, _names(row, name)))
@@ -52,12 +52,12 @@ def field(row: Mapping[str, Any], name: str, source: str) -> Any:
 
 
 def column(name: str, columns: Iterable[str]) -> str:
-    """The column of a table in which a name begins."""
+    """Return the column of a table that holds a field."""
     return name if name in columns else name.split(".")[0]
 
 
 def kind(value: Any) -> str:
-    """What a value is, in the words of JSON, for messages."""
+    """Return the type of a value in the words of JSON, for messages."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):
@@ -67,7 +67,7 @@ def kind(value: Any) -> str:
 
 
 def _names(row: Mapping[str, Any], name: str) -> list[str]:
-    """Names that could have been meant: keys, and behind a dot the keys one level down."""
+    """Return names that could have been meant: keys, and for a path the keys one level down."""
     if "." not in name:
         return list(row)
     inner = [f"{key}.{below}" for key, value in row.items() if isinstance(value, Mapping) for below in value]

@@ -1,6 +1,6 @@
-"""Prompts that are drawn, not read: sentences over word lists, and reasoning-gym tasks.
+"""Generated prompts: sentences over word lists, and reasoning-gym tasks.
 
-Both draws have the prefix property: raising `size` keeps the earlier prompts, in their order.
+A larger `size` keeps the earlier prompts, in their order.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qrpo_core import ids
-from qrpo_core.data.config import PromptsConfig
+from qrpo_core.common import hashing
+from qrpo_core.common.errors import ConfigError, DataError
+from qrpo_core.common.extras import require
+from qrpo_core.config.prompts import PromptsConfig
 from qrpo_core.data.rows import Row, check_prompt, nearest
-from qrpo_core.errors import ConfigError, DataError
 
-#: Most combinations of templates and words: all of them are ranked, which takes some 10 s at this number.
+#: Most combinations of templates and words. All are ranked; this many take about 10 s.
 MAX_COMBINATIONS = 1_000_000
 
-#: Items of one reasoning-gym data set. Fixed, because some tasks draw other items for another size.
+#: Items of one reasoning-gym data set. It is fixed because some tasks draw other items for another size.
 CHUNK = 1000
 
-#: Distance of the library's seeds between neighbouring prompts.seed: its item i has seed `seed + i`, so
-#: seeds 0 and 1 of the library share all items but one.
+#: Distance between the library's seeds of neighbouring prompts.seed. The library's item i has seed `seed +
+#: i`, so its seeds 0 and 1 share all items but one.
 SEED_STRIDE = 1_000_000
 
 
 def draw_templates(config: PromptsConfig) -> Iterator[Row]:
-    """`config.size` distinct sentences: those whose digest with the seed is smallest.
+    """Yield `config.size` distinct sentences: those with the smallest digests of (seed, sentence).
 
-    The rank of a sentence depends on the seed and its text alone, so a larger size, another word or
-    another template leaves the sentences drawn so far in the draw (or pushes a few out), in their order.
-    Raises ConfigError for a slot without words, words without a slot, or a size beyond what is possible.
+    The rank of a sentence depends on the seed and its text alone. So a larger size, another word or another
+    template keeps the sentences drawn so far (or pushes a few out), in their order.
+    Raises ConfigError for a slot without words, words without a slot, or a size above the number of
+    sentences.
     """
     slots = [_slots(template, number) for number, template in enumerate(config.templates)]
     _check_words(config, slots)
@@ -59,7 +61,7 @@ def draw_templates(config: PromptsConfig) -> Iterator[Row]:
             where="prompts.size",
             remedy=f"set it to {len(sentences):,} or less, or add words",
         )
-    ranked = sorted(sentences, key=lambda text: ids.digest_json([config.seed, text]))
+    ranked = sorted(sentences, key=lambda text: hashing.digest_json([config.seed, text]))
     for text in ranked[:size]:
         messages = [{"role": "user", "content": text}]
         check_prompt(messages, sentences[text], "prompts.templates")
@@ -67,7 +69,7 @@ def draw_templates(config: PromptsConfig) -> Iterator[Row]:
 
 
 def _slots(template: str, number: int) -> list[str]:
-    """Names of a template's slots, in order of first appearance."""
+    """Return the names of a template's slots, in order of first appearance."""
     where = f"prompts.templates[{number}]"
     names: dict[str, None] = {}
     try:
@@ -113,18 +115,17 @@ def _check_words(config: PromptsConfig, slots: list[list[str]]) -> None:
 
 
 def draw_tasks(config: PromptsConfig, notes: Counter[str]) -> Iterator[Row]:
-    """`config.size` distinct questions of a reasoning-gym task, in the order of the library's items.
+    """Yield `config.size` distinct questions of a reasoning-gym task, in the order of the library's items.
 
     Item i is item i % CHUNK of the library's data set with seed `SEED_STRIDE * seed + CHUNK * (i // CHUNK)`
-    and size CHUNK (its own default stream for prompts.seed 0). A question drawn again is passed over and
-    counted in notes["repeated"].
+    and size CHUNK. A question that comes again is skipped and counted in notes["repeated"].
 
-    The reference is {"task", "parameters", "entry"}: all that the task's own scorer needs. It is checked
-    for every item that the scorer gives the item's answer the same mark with the entry as it comes back
-    from JSON; tasks whose entries JSON cannot hold (Fractions, tuples that the scorer compares) are refused.
+    The ground truth is {"task", "parameters", "entry"}, as the task's own scorer needs it. For every item the
+    scorer must give the item's answer the same mark after the entry went through JSON. Tasks whose entries
+    JSON cannot hold (Fractions, tuples that the scorer compares) are refused.
 
-    Some tasks (with reasoning-gym 0.1.25: isomorphic_strings, knight_swap, polynomial_multiplication,
-    ransom_note, word_ladder) iterate over sets of strings and draw other items in another process unless
+    Some tasks (in reasoning-gym 0.1.25: isomorphic_strings, knight_swap, polynomial_multiplication,
+    ransom_note, word_ladder) iterate over sets of strings. They draw other items in another process unless
     PYTHONHASHSEED is set.
     """
     size, task = config.size or 0, config.task or ""
@@ -152,14 +153,15 @@ def draw_tasks(config: PromptsConfig, notes: Counter[str]) -> Iterator[Row]:
             notes["repeated"] += 1
             continue
         first[question] = entry, source
-        reference = {"task": task, "parameters": config.parameters, "entry": entry}
-        yield Row([{"role": "user", "content": question}], source, reference)
+        ground_truth = {"task": task, "parameters": config.parameters, "entry": entry}
+        yield Row([{"role": "user", "content": question}], source, ground_truth)
 
 
 def _create(config: PromptsConfig, seed: int) -> Any:
-    """The library's data set of the task, parameters checked."""
+    """Return the library's data set of the task, after a check of its parameters."""
     from dataclasses import fields
 
+    require("reasoning_gym", "prompts.kind 'reasoning_gym'", where="prompts.kind")
     from reasoning_gym.factory import DATASETS, create_dataset
 
     task = config.task or ""
@@ -192,7 +194,7 @@ def _create(config: PromptsConfig, seed: int) -> Any:
 
 
 def _entry(data: Any, index: int, source: str) -> dict[str, Any]:
-    """One item as JSON gives it back, checked to be worth the same to the task's scorer."""
+    """Return an item after a round trip through JSON, if the task's scorer still gives it the same mark."""
     try:
         item = data[index]
     except Exception as error:  # any failure of the task's own code
@@ -205,7 +207,7 @@ def _entry(data: Any, index: int, source: str) -> dict[str, Any]:
     try:
         if not _string_keys(item):
             raise TypeError("a key is not a string")
-        entry: dict[str, Any] = json.loads(ids.canonical_json(item))
+        entry: dict[str, Any] = json.loads(hashing.canonical_json(item))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"the task's entry cannot be written as JSON: {error}", where=source, remedy=remedy
@@ -221,7 +223,7 @@ def _entry(data: Any, index: int, source: str) -> dict[str, Any]:
 
 
 def _check_repeat(data: Any, entry: dict[str, Any], source: str, before: dict[str, Any], place: str) -> None:
-    """Equal questions must have references that agree: each accepts the other's answer as its own."""
+    """Refuse equal questions with different ground truths: each must accept the answer of the other."""
     answer = entry["answer"]
     if answer is not None and _score(data, answer, before) != _score(data, answer, entry):
         raise DataError(
@@ -234,7 +236,7 @@ def _check_repeat(data: Any, entry: dict[str, Any], source: str, before: dict[st
 def _score(data: Any, answer: str, entry: dict[str, Any]) -> float | None:
     try:
         return float(data.score_answer(answer, entry))
-    except Exception:  # a scorer that fails on the entry gives no mark, which equals no mark of one that does
+    except Exception:  # two scorers that both fail agree
         return None
 
 
@@ -246,7 +248,7 @@ def _string_keys(value: Any) -> bool:
 
 @contextmanager
 def _global_random(seed: int) -> Iterator[None]:
-    """Seed Python's global generator for a while: list_functions draws from it, whatever its own seed."""
+    """Seed Python's global generator inside the block: the task list_functions draws from it."""
     state = random.getstate()
     random.seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""Grades that a data set gives its completions, and where in a row they stand."""
+"""The grades that a data set gives its completions, and their places in a row."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from qrpo_core.data.config import PromptsConfig
+from qrpo_core.common.errors import DataError
+from qrpo_core.common.schemas import LARGEST_REWARD
+from qrpo_core.config.prompts import PromptsConfig
 from qrpo_core.data.fields import ABSENT, kind, lookup, nearest
-from qrpo_core.errors import DataError
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WORDS = {"true": 1.0, "false": 0.0}
-#: What tables write where nobody gave a grade.
+#: Texts that mean: no grade.
 _NO_GRADE = ("", "n/a", "na", "null", "none")
 
 
 class Grade(NamedTuple):
-    """One grade that a completion has.
+    """One grade of a completion.
 
     name : its field, without the sign.
-    weight : what it is multiplied by; -1 where less is better.
+    weight : its factor; -1 where less is better.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Grade(NamedTuple):
 
 
 def grades_of(config: PromptsConfig) -> list[tuple[Grade, ...]]:
-    """The grades of each of `completion_fields`, in their order; empty tuples where none are asked for."""
+    """Return the grades of each of `completion_fields`, in their order; empty tuples if there are none."""
     count = len(config.completion_fields)
     if config.completion_reward_fields:
         return [(Grade.signed(name),) for name in config.completion_reward_fields]
@@ -47,11 +48,13 @@ def grades_of(config: PromptsConfig) -> list[tuple[Grade, ...]]:
 
 
 class Place(NamedTuple):
-    """Where a completion stands in its row.
+    """The place of a completion in its row.
 
-    row : the whole row. source : the row's place, for people. name : the completion's place in the row.
-    item, of : its number in a list of so many completions; None, 1 where its field holds one alone.
-    shared : whether the completions of other fields have the same grades, which no column beside can serve.
+    row : the whole row.
+    source : place of the row, for messages. name : place of the completion in the row, for messages.
+    item, of : its number in a list of `of` completions; None and 1 if its field holds one completion.
+    shared : whether completions of several fields share the names of grades; a column beside cannot grade
+        them.
     """
 
     row: Mapping[str, Any]
@@ -63,11 +66,11 @@ class Place(NamedTuple):
 
 
 def read_reward(value: Any, grades: Sequence[Grade], place: Place) -> float | None:
-    """The weighted sum of a completion's grades; None where one of them is null or says that it is none.
+    """Return the weighted sum of a completion's grades; None if one of them is null or a text for none.
 
-    A grade stands under its name in the completion's own mapping, else in the row beside it: one value for
-    a completion alone, a list in step with a list of completions.
-    Raises DataError where it is absent, does not fit, or is no finite number.
+    A grade is looked up in the completion's own mapping, then in the row: one value for one completion, or a
+    list of the same length as the list of completions.
+    Raises DataError if a grade is absent, has the wrong length, or is not a finite number.
     """
     found = [(grade.weight, read_number(*_value(value, grade.name, place), place.source)) for grade in grades]
     if any(number is None for _, number in found):
@@ -76,7 +79,7 @@ def read_reward(value: Any, grades: Sequence[Grade], place: Place) -> float | No
 
 
 def read_number(value: Any, place: str, source: str) -> float | None:
-    """A number as JSON, a table or a text has it; None for null and for texts that say there is none."""
+    """Return the number in a value of JSON, of a table or of a text; None for null and texts for none."""
     if value is None:
         return None
     remedy = "a reward is a finite number, true or false; give null where there is none"
@@ -95,11 +98,15 @@ def read_number(value: Any, place: str, source: str) -> float | None:
         number = math.inf
     if not math.isfinite(number):
         raise DataError(f"{place} is {number}", where=source, remedy=remedy)
+    if abs(number) > LARGEST_REWARD:
+        raise DataError(
+            f"{place} is {number:g}, which is beyond {LARGEST_REWARD:g}", where=source, remedy=remedy
+        )
     return number
 
 
 def _value(value: Any, name: str, place: Place) -> tuple[Any, str]:
-    """(the grade as the row gives it, where it stands)."""
+    """Return (the grade as the row gives it, its place for messages)."""
     if isinstance(value, Mapping):
         own = lookup(value, name)
         if own is not ABSENT:

@@ -1,12 +1,11 @@
-"""Rows of Hugging Face data sets: by name and revision from the hub, or from a local directory.
+"""Rows of Hugging Face data sets, from the hub or from a local directory.
 
-`datasets` says which files make a split (names, the card's configurations). Files of JSON, CSV and Parquet
-are then read as kind file reads them: the library would make floats of integers beyond 64 bits, dates of
-texts and numbers of zero-padded ones. Data sets of other files are the library's to read.
+The library `datasets` finds the files of a split (by their names and the card's configurations). Files of
+JSON, CSV and Parquet are then read like those of kind file: the library would turn integers beyond 64 bits
+into floats, texts into dates and zero-padded texts into numbers. The library reads all other files itself.
 
-A hub data set is pinned to the commit that its revision names before it is read, and a copy in the cache
-serves that commit alone. A local directory is read through a temporary cache, so a changed file is never
-served stale.
+A hub data set is pinned to a commit before it is read, and a copy in the cache serves that commit alone. A
+local directory is read through a temporary cache, so that a changed file is never served stale.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qrpo_core import ids
+from qrpo_core.common import hashing
+from qrpo_core.common.errors import DataError
+from qrpo_core.config.prompts import PromptsConfig
 from qrpo_core.data.arrow_rows import table_rows
-from qrpo_core.data.config import PromptsConfig
+from qrpo_core.data.files import RawRow, read_source
 from qrpo_core.data.hub_files import Files, recall, remember, sources_of, unknown_copy
-from qrpo_core.data.readers import RawRow, read_source
 from qrpo_core.data.rows import check_columns
-from qrpo_core.errors import DataError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BATCH = 1000
 
 
 def hub_identity(config: PromptsConfig) -> dict[str, Any]:
-    """{"commit": ...} of a hub data set, or {"files": {path: sha256}} of a local directory.
+    """Return {"commit": ...} of a hub data set, or {"files": {path: sha256}} of a local directory.
 
-    Neither `datasets` nor the rows are loaded. One request to the hub resolves a branch or a tag; a
+    It loads neither `datasets` nor the rows. One request to the hub resolves a branch or a tag; a
     40-digit commit needs none, and with HF_HUB_OFFLINE=1 the local cache answers.
     """
     name = config.name or ""
@@ -46,9 +45,9 @@ def hub_identity(config: PromptsConfig) -> dict[str, Any]:
 
 
 def read_hub(config: PromptsConfig, notes: Counter[str]) -> Iterator[RawRow]:
-    """Rows of one split in order, with places `name/file:line`, or `name[split] row i` (0-based).
+    """Yield the rows of one split in order, with places `name/file:line` or `name[split] row i` (from 0).
 
-    Raises DataError for a data set, revision or split that is not there, and for a missing column.
+    Raises DataError for an unknown data set, revision or split, and for a missing column.
     """
     commit = hub_identity(config).get("commit")
     known, files = (False, None) if commit is None else recall(config, commit)
@@ -62,7 +61,7 @@ def read_hub(config: PromptsConfig, notes: Counter[str]) -> Iterator[RawRow]:
             if commit is not None:
                 remember(config, commit, files)
         if commit is not None and commit != config.revision:
-            # Loaded by its commit, the library does not note which branch that was; offline runs ask for it.
+            # The library does not record the branch of a commit, and offline runs need it.
             ref = _ref(config.name or "", config.revision)
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(commit)
@@ -75,7 +74,7 @@ def read_hub(config: PromptsConfig, notes: Counter[str]) -> Iterator[RawRow]:
 def _from_files(
     config: PromptsConfig, files: Files, commit: str | None, notes: Counter[str]
 ) -> Iterator[RawRow]:
-    """Rows of the files of a split, or of slices and sums of splits (`train[:10%]+test`)."""
+    """Yield the rows of a split, or of slices and sums of splits (`train[:10%]+test`)."""
     import datasets
 
     def rows(split: str, notes: Counter[str]) -> Iterator[RawRow]:
@@ -126,7 +125,7 @@ def _builder(config: PromptsConfig, commit: str | None, cache: str | None) -> An
 
 
 def _open(config: PromptsConfig, builder: Any) -> Any:
-    """The split as the library reads it."""
+    """Return the split as the library reads it."""
     try:
         if config.streaming:
             known = [str(split) for split in builder.as_streaming_dataset()]
@@ -160,7 +159,7 @@ def _cannot_load(config: PromptsConfig, error: Exception) -> DataError:
 
 
 def _resolve(name: str, revision: str | None) -> str:
-    """The commit that a revision (default: main) of a hub data set names."""
+    """Return the commit of a revision (default: main) of a hub data set."""
     if revision and _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi, is_offline_mode
@@ -201,7 +200,7 @@ def _resolve(name: str, revision: str | None) -> str:
 
 
 def _ref(name: str, revision: str | None) -> Path:
-    """Where the hub's cache keeps the commit of a branch or tag."""
+    """Return the file in which the hub's cache keeps the commit of a branch or tag."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -222,7 +221,7 @@ def _directory_digests(folder: Path, config: PromptsConfig) -> dict[str, str]:
         # Hidden folders and files hold no rows, but .huggingface.yaml says which files do.
         hidden = any(part.startswith(".") for part in parts) and parts != (".huggingface.yaml",)
         if path.is_file() and not hidden:
-            digests["/".join(parts)] = ids.digest_file(path)
+            digests["/".join(parts)] = hashing.digest_file(path)
     if not digests:
         raise DataError(
             f"no files in {str(folder)!r}", where="prompts.name", remedy="put JSONL or Parquet there"
@@ -232,7 +231,7 @@ def _directory_digests(folder: Path, config: PromptsConfig) -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of the library: the caller shows its own."""
+    """Turn the library's progress bars off inside the block: the caller shows its own."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()
@@ -245,7 +244,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _brief(error: BaseException) -> str:
-    """One line about the root of a chain of errors: what the libraries raise on top says less."""
+    """Return one line about the first error of a chain: the errors on top of it say less."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())

@@ -1,7 +1,7 @@
-"""Which files make the splits of a data set, for those that are plain files of JSON, CSV or Parquet.
+"""The files of each split of a data set, if they are plain files of JSON, CSV or Parquet.
 
-Of a hub data set the answer is kept beside its copy in the hub's cache, by commit: without the hub in reach
-nobody else could tell whether the files that are there are all.
+For a hub data set the list is stored beside its copy in the hub's cache, by commit. An offline run needs it
+to know whether all files are there.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from qrpo_core import ids
-from qrpo_core.data.config import PromptsConfig
-from qrpo_core.data.readers import Format, Source
-from qrpo_core.errors import DataError
+from qrpo_core.common import hashing
+from qrpo_core.common.errors import DataError
+from qrpo_core.config.prompts import PromptsConfig
+from qrpo_core.data.files import Format, Source
 
-#: Options of the library's builders that do not change how a file is read here, or are read here too.
+#: Options of the library's builders that do not change how this module reads a file, or that it reads too.
 _KNOWN_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features"}
 _READ_OPTIONS = {"sep", "delimiter", "field"}
 
 
-#: Packings that the readers do not open.
+#: Archives, which are not opened.
 _PACKED = re.compile(r"\.(?:tar\.\w+|tar|tgz|zip|zst|lz4|7z|rar)$")
 
 
@@ -32,8 +32,9 @@ _PACKED = re.compile(r"\.(?:tar\.\w+|tar|tgz|zip|zst|lz4|7z|rar)$")
 class Files:
     """The files of a data set.
 
-    format : of all of them. splits : of every split its files, as addresses for fsspec. delimiter, key : see
-    `readers.Source`.
+    format : format of all files.
+    splits : by split, the addresses of its files for fsspec.
+    delimiter, key : see `files.Source`.
     """
 
     format: Format
@@ -42,7 +43,7 @@ class Files:
     key: str | None = None
 
     def sources(self, split: str, config: PromptsConfig, commit: str | None) -> list[Source]:
-        """The files of a split as they are to be read: downloaded ones unless the split is streamed."""
+        """Return the files of a split, after their download unless the split is streamed."""
         found = []
         for address in self.splits[split]:
             inner = _inside(address, config, commit)
@@ -55,9 +56,9 @@ class Files:
 
 
 def sources_of(config: PromptsConfig, builder: Any) -> Files | None:
-    """The files of a data set whose splits `datasets` has found; None where it must read them itself.
+    """Return the files of a data set whose splits `datasets` has found; None if the library must read them.
 
-    Raises DataError where the data set's card asks for a way of reading that is not known here.
+    Raises DataError if the card of the data set sets a reading option that is not supported.
     """
     if builder.name not in get_args(Format):
         return None
@@ -94,17 +95,16 @@ def _odd_endings(files: Iterable[Any]) -> Iterator[str]:
 
 
 def remember(config: PromptsConfig, commit: str, files: Files | None) -> None:
-    """Keep beside the copy in the hub's cache which files a commit has; None: the library reads them."""
+    """Store the files of a commit in the hub's cache. None means that the library reads them."""
     record = _record(config, commit)
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(files and dataclasses.asdict(files)))
 
 
 def recall(config: PromptsConfig, commit: str) -> tuple[bool, Files | None]:
-    """Whether a commit is remembered, and what is.
+    """Return whether `remember` has stored a commit, and what it has stored.
 
-    Raises DataError where it is not and the hub is not to be asked: copies of the library alone do not say
-    what the files held.
+    Raises DataError for an unknown commit in offline mode: the library's own copies do not list the files.
     """
     from huggingface_hub import is_offline_mode
 
@@ -118,7 +118,7 @@ def recall(config: PromptsConfig, commit: str) -> tuple[bool, Files | None]:
 
 
 def unknown_copy(config: PromptsConfig, commit: str) -> DataError:
-    """The error where the hub cannot be asked about a commit that was not read before."""
+    """Return the error for a commit that was never read, in offline mode."""
     return DataError(
         f"no copy of data set {config.name!r} at {commit} in the cache",
         where="prompts.revision",
@@ -131,11 +131,11 @@ def _record(config: PromptsConfig, commit: str) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=config.name or "", repo_type="dataset")
-    return folder / "qrpo" / commit / f"{ids.digest_json(config.subset)}.json"
+    return folder / "qrpo" / commit / f"{hashing.digest_json(config.subset)}.json"
 
 
 def _inside(address: str, config: PromptsConfig, commit: str | None) -> str | None:
-    """The path of a file inside its data set; None for one that lies elsewhere."""
+    """Return the path of a file inside its data set; None for a file elsewhere."""
     if commit is not None:
         beginning = f"hf://datasets/{config.name}@{commit}/"
         return address.removeprefix(beginning) if address.startswith(beginning) else None

@@ -1,8 +1,8 @@
-"""Conversations as data sets hold them, brought to one form, and what is refused.
+"""Conversations of data sets, brought to one form.
 
-A conversation is a list of messages, or one message alone. A message has role and content, or (ShareGPT)
-from and value; its content is a string or a list of text parts. Every problem is a DataError with the row's
-place and a remedy.
+A conversation is a list of messages or one message. A message has role and content, or (ShareGPT) from and
+value. Its content is a string or a list of text parts. Every problem is a DataError with the row's place and
+a remedy.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.data.fields import kind, nearest
-from qrpo_core.errors import DataError
 
 Message = dict[str, str]
 
 ROLES = ("system", "user", "assistant")
 
-#: Keys of a message that change what the model reads; without them it would be another conversation.
+#: Keys of a message that change what the model reads. Dropping them would change the conversation.
 _CONTENT_KEYS = {
     **dict.fromkeys(("tool_calls", "tool_call_id", "function_call", "tools"), "conversations with tools"),
     **dict.fromkeys(("image", "images", "image_url", "audio", "audios", "video", "videos"), "media"),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "thoughts outside the content"),
 }
 
-#: Who speaks in ShareGPT's messages.
+#: Roles of ShareGPT's speakers.
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
 #: Spellings of other formats, for the remedy only.
@@ -53,10 +53,10 @@ def is_answer(value: Any) -> bool:
 
 
 def read_messages(value: Any, source: str, name: str, notes: Counter[str]) -> list[Message]:
-    """Check a list of messages, or one message; `name` says in errors which value of the row it is.
+    """Return the messages of a list, or of one message. `name` names the value of the row in errors.
 
-    A message keeps role and content alone; other keys that hold something are counted in `notes` as
-    ignored_message_keys, or refused where the conversation means something else without them.
+    A message keeps its role and content. Other keys with a value are counted in `notes` as
+    ignored_message_keys, or refused if the conversation would mean something else without them.
     """
     if isinstance(value, Mapping):
         return [_message(value, source, name, notes)]
@@ -108,7 +108,7 @@ def _role(role: Any, source: str, place: str) -> str:
 
 
 def _content(message: Mapping[str, Any], source: str, place: str) -> str:
-    """A string, or the strings of text parts one after the other, as chat templates write them."""
+    """Return the content: a string, or the joined texts of its parts, as chat templates write them."""
     content = message["content"]
     if isinstance(content, str):
         return content

@@ -1,4 +1,4 @@
-"""The completions that a data set brings its prompts, as a table: each once, with one reward."""
+"""The table of a data set's own completions: each once, with one reward."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 
 import pyarrow as pa
 
-from qrpo_core import ids
-from qrpo_core.data.completions import Completion
+from qrpo_core.common import hashing
+from qrpo_core.common.errors import DataError
+from qrpo_core.common.schemas import OFFLINE, check_table
+from qrpo_core.data.row_completions import Completion
 from qrpo_core.data.rows import Row
-from qrpo_core.errors import DataError
-from qrpo_core.records import OFFLINE, check_table
 
 
 class OfflineRows:
-    """Collects the completions of prompts: pairs or graded completions, each once."""
+    """Collects pairs and graded completions of prompts, each once."""
 
     def __init__(self) -> None:
         self.counts = Counter[str]()
-        #: Of every prompt: its pairs, and the place of each.
+        #: By prompt: its pairs, and the place of each.
         self.pairs: dict[str, dict[tuple[str, str], str]] = {}
-        #: Of every prompt: its further completions in their order.
+        #: By prompt: its other completions, in order.
         self.graded: dict[str, list[str]] = {}
-        #: Of every prompt: its completions, and the reward and the place of each.
+        #: By prompt and completion: the reward and the place.
         self.rewards: dict[str, dict[str, tuple[float | None, str]]] = {}
 
     def check(self, prompt: str, row: Row) -> None:
-        """Raise DataError if a completion of the row came before, or stands twice, with another reward."""
+        """Raise DataError if the row has a completion that another row, or itself, gives another reward."""
         known, new = self.rewards.get(prompt, {}), dict[str, tuple[float | None, str]]()
         for completion in _completions(row):
             text, reward = completion.text, completion.reward
@@ -42,7 +42,7 @@ class OfflineRows:
                 )
 
     def add(self, prompt: str, row: Row) -> None:
-        """Take the completions of one row, which was checked."""
+        """Add the completions of a row that `check` has accepted."""
         for completion in _completions(row):
             known = self.rewards.setdefault(prompt, {})
             repeated = completion.text in known
@@ -58,7 +58,7 @@ class OfflineRows:
             pairs.setdefault(texts, row.source)
 
     def table(self) -> pa.Table:
-        """Table OFFLINE; DataError where two different texts of one prompt have the same number."""
+        """Return the table OFFLINE. Raises DataError if two texts of one prompt have the same number."""
         rows: list[tuple[Any, ...]] = []
         for prompt, pairs in self.pairs.items():
             rewards = self.rewards[prompt]
@@ -82,10 +82,10 @@ def _place(row: Row, completion: Completion) -> str:
 
 
 def _numbered(prompt: str, rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Rows of one prompt, (text, ..., source), with prompt and sample_index put before them."""
+    """Yield the rows (text, ..., source) of a prompt with prompt_id and sample_index before them."""
     holders: dict[int, tuple[Any, ...]] = {}
     for row in rows:
-        index = ids.completion_index(row[0])
+        index = hashing.completion_index(row[0])
         holder = holders.setdefault(index, row)
         if holder[0] != row[0]:
             raise DataError(
@@ -102,7 +102,7 @@ def _grade(reward: float | None) -> str:
 
 
 def from_rows(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
-    """A table of rows whose values stand in the order of its columns."""
+    """Return the table of rows whose values are in the order of its columns."""
     columns = zip(*rows, strict=True) if rows else [()] * len(schema)
     arrays = [pa.array(values, item.type) for values, item in zip(columns, schema, strict=True)]
     return pa.table(arrays, schema=schema)

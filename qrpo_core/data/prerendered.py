@@ -1,14 +1,14 @@
-"""Texts that carry a chat template already, whichever, as pre-rendered data sets hold them.
+"""Refuse texts that carry the marks of a chat template already.
 
-Here the model is not known yet, so the marks are those of the templates in use. What the policy's own
-template writes is found where it is applied (`chat_template.ChatTemplate.carried`).
+The model is not known here, so this module knows the marks of the common templates.
+`chat_template.ChatTemplate.carried` finds the marks of the policy's own template.
 """
 
 from __future__ import annotations
 
 import re
 
-from qrpo_core.errors import DataError
+from qrpo_core.common.errors import DataError
 
 _ROLE = "(?:system|developer|user|assistant|model|tool|ipython)"
 #: How templates open a turn: ChatML, Llama 3, Gemma, Granite, Command, Harmony, Phi, DeepSeek, Mistral.
@@ -24,7 +24,7 @@ _END = (
     r"(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end_of_text\|>|<\|END_OF_TURN_TOKEN\|>|<\|endoftext\|>"
     r"|<[|｜]end[▁_]of[▁_]sentence[|｜]>|<\|end\|>|<\|return\|>|<\|eos\|>)"
 )
-#: A text that begins with an opening or ends with one, or holds the end of a turn and the next one's opening.
+#: A text that begins or ends with an opening, or holds the end of a turn followed by an opening.
 _CARRIED = re.compile(
     rf"\A\s*(?:{_BEGINNING}\s*)?({_OPENING})|({_OPENING})(?:<\|end_header_id\|>|<\|end_of_role\|>)?\s*\Z"
     rf"|{_END}\s*({_OPENING})"
@@ -33,9 +33,9 @@ _ENDED = re.compile(rf"({_END})\s*\Z")
 
 
 def refuse_prerendered(text: str, what: str, source: str, *, answer: bool = False) -> None:
-    """DataError at `source` for a text that carries a template; `what` is the text's name in the message.
+    """Raise DataError at `source` for a text that carries a template. `what` names the text in the message.
 
-    answer : whether it is an assistant's, which carries one also where it ends with the end of a turn.
+    answer : the text is an assistant's; then a mark for the end of a turn at its end is refused too.
     """
     found = _CARRIED.search(text) or (_ENDED.search(text) if answer else None)
     if found is None:

@@ -1,7 +1,7 @@
-"""One row of a prompt source: how prompt, reference and completions fit together, and what is refused.
+"""One row of a file or a data set as a prompt with its ground truth and completions.
 
-Every problem is a DataError with the row's place (file and line, data set and index) and a remedy.
-What is legal but set aside (an extra key of a message, say) is counted in `notes`.
+Every problem is a DataError with the row's place (file and line, data set and index) and a remedy. Legal
+values that are ignored, such as extra keys of a message, are counted in `notes`.
 """
 
 from __future__ import annotations
@@ -11,49 +11,49 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qrpo_core.data.completions import Completion, read_completions, shared_turns
-from qrpo_core.data.config import PromptsConfig
+from qrpo_core.common.errors import DataError
+from qrpo_core.config.prompts import PromptsConfig
 from qrpo_core.data.fields import ABSENT, column, field, kind, lookup, nearest
 from qrpo_core.data.grades import Grade, grades_of
 from qrpo_core.data.messages import Message, is_message, read_messages
 from qrpo_core.data.prerendered import refuse_prerendered
+from qrpo_core.data.row_completions import Completion, read_completions, shared_turns
 from qrpo_core.data.strings import read_string
-from qrpo_core.errors import DataError
 
 __all__ = ["Message", "Row", "check_columns", "check_prompt", "nearest", "parse_row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt as a source gives it.
+    """One prompt of a source.
 
-    messages : the conversation, ending with a user turn.
-    source : where it stands, for people.
-    reference : what a verifier checks against, any JSON value; None for none.
+    messages : the conversation; its last turn is the user's.
+    source : its place, for messages.
+    ground_truth : any JSON value that a verifier checks against, or None.
     pair : (chosen, rejected), or None.
-    completions : further completions, graded or not.
+    completions : other completions, graded or not.
     """
 
     messages: list[Message]
     source: str
-    reference: Any = None
+    ground_truth: Any = None
     pair: tuple[Completion, Completion] | None = None
     completions: tuple[Completion, ...] = ()
 
 
 def parse_row(row: Mapping[str, Any], source: str, config: PromptsConfig, notes: Counter[str]) -> Row:
-    """Read one mapping of a file or a hub data set by the field names of the config.
+    """Return the row in a mapping, read by the field names of the config.
 
     Raises DataError at `source` for a missing field, a prompt of the wrong shape, completions that do not
-    answer the prompt, or a text that carries a chat template already. `notes` counts rows without reference
-    where a field for it is named, and what `read_completions` counts.
+    answer the prompt, or a text that carries a chat template already. `notes` counts rows with a null ground
+    truth, and what `read_completions` counts.
     """
-    reference = None
-    if config.reference_field is not None:
-        reference = field(row, config.reference_field, source)
-        notes["without_reference"] += reference is None
-    elif config.reference_fields:
-        reference = {name: field(row, name, source) for name in config.reference_fields}
+    ground_truth = None
+    if config.ground_truth_field is not None:
+        ground_truth = field(row, config.ground_truth_field, source)
+        notes["without_ground_truth"] += ground_truth is None
+    elif config.ground_truth_fields:
+        ground_truth = {name: field(row, name, source) for name in config.ground_truth_fields}
     completions = read_completions(row, source, config, notes)
     prefix, place = shared_turns(completions, source)
     given = lookup(row, config.prompt_field)
@@ -79,13 +79,13 @@ def parse_row(row: Mapping[str, Any], source: str, config: PromptsConfig, notes:
     for completion in completions:
         refuse_prerendered(completion.text, completion.place, source, answer=True)
     if config.completion_fields:
-        return Row(messages, source, reference, completions=tuple(completions))
+        return Row(messages, source, ground_truth, completions=tuple(completions))
     pair = (completions[0], completions[1]) if completions else None
-    return Row(messages, source, reference, pair)
+    return Row(messages, source, ground_truth, pair)
 
 
 def check_prompt(messages: list[Message], source: str, name: str) -> None:
-    """Refuse a prompt that nobody can answer: no turns, an answer as the last turn, nothing asked."""
+    """Raise DataError for a prompt without turns, without text, or whose last turn is not the user's."""
     if not messages:
         raise DataError("the prompt has no messages", where=source, remedy=f"fill {name!r} or remove the row")
     last = messages[-1]
@@ -102,20 +102,20 @@ def check_prompt(messages: list[Message], source: str, name: str) -> None:
 
 
 def check_columns(columns: Iterable[str], config: PromptsConfig, where: str) -> list[str]:
-    """The columns to read of a table that has `columns`; a named one that is absent is a DataError.
+    """Return the columns to read of a table. Raises DataError for a configured column that is absent.
 
-    The prompt may be absent where conversations in the completions hold it and its name was not set. Grades
-    of completions may stand inside them.
+    The prompt's column may be absent if conversations in the completions hold it and `prompt_field` is not
+    set. Grades may be inside the completions.
     """
     known = list(columns)
-    wanted = [config.prompt_field, config.system_field, config.reference_field]
+    wanted = [config.prompt_field, config.system_field, config.ground_truth_field]
     wanted += [config.chosen_field, config.rejected_field]
     wanted += [
         Grade.signed(name).name
         for name in (config.chosen_reward_field, config.rejected_reward_field)
         if name is not None
     ]
-    wanted += [*config.reference_fields, *config.completion_fields]
+    wanted += [*config.ground_truth_fields, *config.completion_fields]
     inner = [grade.name for grades in grades_of(config) for grade in grades]
     answered = config.chosen_field is not None or bool(config.completion_fields)
     optional = set(inner)

@@ -2,18 +2,18 @@
 
 kind: template
     Sentences with {slots} filled from word lists (`templates`, `words`). `size` distinct ones are drawn
-    by `seed`; a larger size keeps the earlier ones. No references.
+    by `seed`; a larger size keeps the earlier ones. No ground truths.
 
 kind: reasoning_gym
     `size` distinct questions of a reasoning-gym `task` with `parameters`, drawn by `seed`; a larger size
-    keeps the earlier ones. The reference holds the task's entry, for the task's own scorer.
+    keeps the earlier ones. The ground truth holds the task's entry, for the task's own scorer.
 
 kind: file
-    JSON Lines, a JSON array, CSV or Parquet at `path` (readers.py), local or s3://. The name of a field may
+    JSON Lines, a JSON array, CSV or Parquet at `path` (files.py), local or s3://. The name of a field may
     be a path of keys joined by dots. `prompt_field` holds a string (one user turn), or a message or a list
     of messages (messages.py), ending with a user turn; `system_field`, if named, the system turn before it.
-    `reference_field`, if named, holds any JSON value; an explicit null is a row without.
-    `reference_fields`, if named, make an object of several columns the reference.
+    `ground_truth_field`, if named, holds any JSON value; an explicit null is a row without.
+    `ground_truth_fields`, if named, make an object of several columns the ground truth.
     `chosen_field` and `rejected_field`, if named, hold completions: a string, one assistant's message, a
     list with it alone, or the whole conversation, whose turns before the last must be the prompt's.
     `completion_fields`, if named, are columns of further completions: each a completion as above, a
@@ -30,7 +30,7 @@ kind: hub
     and fields as in kind file. With `streaming` rows are read as they arrive.
 
 For all kinds `system` is put before prompts that have no system turn (and makes them other prompts), equal
-prompts are merged with their completions, unequal references of one prompt are refused, and `limit` keeps
+prompts are merged with their completions, unequal ground truths of one prompt are refused, and `limit` keeps
 the first prompts. Equal completions of a prompt are one; unequal rewards of one are refused.
 """
 
@@ -45,77 +45,83 @@ from typing import Any
 
 import pyarrow as pa
 
-from qrpo_core import ids
-from qrpo_core.data.config import PromptsConfig
+from qrpo_core.common import hashing
+from qrpo_core.common.errors import DataError
+from qrpo_core.common.extras import require
+from qrpo_core.common.schemas import PROMPTS, check_table
+from qrpo_core.config.prompts import PromptsConfig
+from qrpo_core.data.files import file_digest, read_file
 from qrpo_core.data.generated import draw_tasks, draw_templates
 from qrpo_core.data.hub import hub_identity, read_hub
 from qrpo_core.data.offline import OfflineRows, from_rows
-from qrpo_core.data.readers import file_digest, read_file
 from qrpo_core.data.rows import Message, Row, parse_row
 from qrpo_core.data.unusable import UNREADABLE, Unusable, report_unusable
-from qrpo_core.errors import DataError
-from qrpo_core.records import PROMPTS, check_table
 
-#: Rows that are collected before they become Arrow.
+#: Rows that are collected before they become an Arrow table.
 _CHUNK = 4096
-#: Where so many rows cannot be read and none before them could, the fields are named wrongly: no list helps.
+#: If the first rows, this many, are all unreadable, the config names the wrong fields: stop reading.
 _HOPELESS = 100
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one source.
+    """The prompts of one source and its own completions.
 
-    prompts : table `records.PROMPTS`, one row a distinct prompt, in source order of first occurrence.
-    offline : table `records.OFFLINE`, grouped by prompt: every different pair as two rows, chosen and
-        rejected, or every different further completion as one. Empty without pairs and completions.
-    counts : what happened to the rows. Always there: read (rows, or items drawn), merged (rows whose prompt
-        came before, with an equal reference), filtered (prompts beyond `limit`, all their first rows),
-        prompts, train, held_out. read = prompts + merged + filtered. Where they occur, over all rows:
-        blank_lines, without_reference, without_pair, equal_pairs (chosen and rejected are the same text;
-        they are kept), without_completions, ungraded_completions (no reward where one is asked for),
+    prompts : table `schemas.PROMPTS`, one row a distinct prompt, in order of first occurrence.
+    offline : table `schemas.OFFLINE`, grouped by prompt. Every distinct pair is two rows, chosen and
+        rejected; every other distinct completion is one row.
+    counts : what happened to the rows; read = prompts + merged + filtered.
+        Always: read (rows, or items drawn), merged (rows that repeat a prompt with an equal ground truth),
+        filtered (prompts beyond `limit`), prompts, train, held_out.
+        If not 0, over all rows: blank_lines, without_ground_truth, without_pair, equal_pairs (chosen and
+        rejected are the same text; both are kept), without_completions, ungraded_completions,
         empty_completions, ignored_message_keys, unreadable_rows and contradicting_rows (left out by
-        `on_unusable`, not in read); over the prompts within `limit`: equal_but_for_space
-        (prompts that differ from an earlier one in white space alone; they are kept, and may lie on the
-        other side of the split), repeated_pairs and repeated_completions (equal to an earlier one of the
-        same prompt; they are taken once).
+        `on_unusable`, not in read).
+        If not 0, over the prompts within `limit`: equal_but_for_space (prompts that differ from an earlier
+        one in white space alone; they are kept and may be on the other side of the split), repeated_pairs and
+        repeated_completions (taken once).
+        If not 0: in_evaluation_prompts (prompts that are left out of training since they are evaluated on).
+    overlap : the places of those.
     """
 
     prompts: pa.Table
     offline: pa.Table
     counts: dict[str, int]
+    overlap: tuple[str, ...] = ()
 
 
 def load_prompts(config: PromptsConfig, storage_options: dict[str, Any] | None = None) -> PromptSet:
-    """Read or draw the prompts that the config asks for.
+    """Return the prompts of the configured source.
 
-    `storage_options` go to fsspec for a path with a protocol (s3://) and are not used otherwise.
-    Raises ConfigError for a source that cannot be meant, and DataError for one that cannot be read:
-    missing, empty, unreadable rows, unequal references of one prompt or rewards of one completion (all such
-    rows together, with their places), or a split that leaves nothing to train on or nothing to evaluate on.
+    storage_options : for fsspec, if the path has a protocol (s3://).
+
+    Raises ConfigError for a config that contradicts itself. Raises DataError for a missing or empty source,
+    for unreadable rows, for unequal ground truths of one prompt or rewards of one completion (all such rows
+    at once, with their places), and for a split that leaves nothing to train on or to evaluate on.
     """
     notes: Counter[str] = Counter()
-    table, bad = _Table(config), _Bad(config)
+    table, bad = _Table(config), _UnusableRows(config)
     for row in _rows(config, storage_options, notes, bad):
         try:
             table.add(row)
         except DataError as error:
             bad.contradicting.append(error)
-    bad.tell(notes, some_are_good=table.read > 0)
+    bad.report(notes, some_are_good=table.read > 0)
     if not table.read:
         raise DataError("the data set is empty", where=_where(config), remedy="give it at least two prompts")
     return table.finish(notes)
 
 
 def source_identity(config: PromptsConfig, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a recipe must know of the source beyond the config, JSON-ready.
+    """Return the identity of the source for a recipe, ready for JSON.
 
-    template: nothing. reasoning_gym: {"reasoning_gym": version}. file: {"sha256": ...} of the bytes, so
-    the path itself may be left out of the recipe. hub: {"commit": ...}, or {"files": {path: sha256}} of a
-    local directory, so name and revision may be left out.
-    No rows are read and neither datasets nor reasoning_gym is imported. Raises DataError for what is missing.
+    template: {}. reasoning_gym: {"reasoning_gym": version}. file: {"sha256": ...} of its bytes.
+    hub: {"commit": ...}, or {"files": {path: sha256}} of a local directory.
+    So a recipe needs neither path nor name nor revision. No row is read. Raises DataError if the source is
+    missing.
     """
     if config.kind == "reasoning_gym":
+        require("reasoning_gym", "prompts.kind 'reasoning_gym'", where="prompts.kind")
         return {"reasoning_gym": importlib.metadata.version("reasoning-gym")}
     if config.kind == "file":
         return {"sha256": file_digest(config.path or "", storage_options)}
@@ -125,7 +131,7 @@ def source_identity(config: PromptsConfig, storage_options: dict[str, Any] | Non
 
 
 def _rows(
-    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str], bad: _Bad
+    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str], bad: _UnusableRows
 ) -> Iterator[Row]:
     if config.kind == "template":
         yield from draw_templates(config)
@@ -136,9 +142,9 @@ def _rows(
 
 
 def _read(
-    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str], bad: _Bad
+    config: PromptsConfig, storage_options: dict[str, Any] | None, notes: Counter[str], bad: _UnusableRows
 ) -> Iterator[Row]:
-    """The rows of a file or a data set; those that cannot be read go to `bad`."""
+    """Yield the rows of a file or a data set. Unreadable rows go to `bad`."""
     raw = read_file(config, storage_options, notes) if config.kind == "file" else read_hub(config, notes)
     good = False
     for fields, source in raw:
@@ -155,11 +161,11 @@ def _read(
         yield row
 
 
-class _Bad:
-    """Rows that cannot be used: told together at the end, or left out and counted.
+class _UnusableRows:
+    """Rows that cannot be used: reported together at the end, or left out and counted.
 
-    unreadable : those that do not have the form that the config names.
-    contradicting : those that say something else than an earlier one.
+    unreadable : rows without the form that the config names.
+    contradicting : rows that contradict an earlier row.
     """
 
     def __init__(self, config: PromptsConfig) -> None:
@@ -167,16 +173,16 @@ class _Bad:
         self.unreadable: list[DataError] = []
         self.contradicting: list[DataError] = []
 
-    def tell(self, notes: Counter[str], *, some_are_good: bool) -> None:
-        """Raise one error that names all rows, or count them where the config leaves them out."""
+    def report(self, notes: Counter[str], *, some_are_good: bool) -> None:
+        """Raise one error that names all rows, or count them if `on_unusable` is skip."""
         found = [*self.unreadable, *self.contradicting]
         if found and not some_are_good and len({re.sub(r"\d+", "", error.message) for error in found}) == 1:
-            raise found[0]  # no row has the form that the config names; their list would not help
+            raise found[0]  # all rows have the same problem, so the config is wrong; a list would not help
         if len(found) == 1 and self.config.on_unusable == "refuse":
             raise found[0]
-        told = [_unusable(error, UNREADABLE) for error in self.unreadable]
-        told += [_unusable(error, "that contradict another row") for error in self.contradicting]
-        report_unusable(told, self.config.on_unusable if some_are_good else "refuse")
+        unusable = [_unusable(error, UNREADABLE) for error in self.unreadable]
+        unusable += [_unusable(error, "that contradict another row") for error in self.contradicting]
+        report_unusable(unusable, self.config.on_unusable if some_are_good else "refuse")
         notes["unreadable_rows"] += len(self.unreadable)
         notes["contradicting_rows"] += len(self.contradicting)
 
@@ -190,7 +196,7 @@ def _where(config: PromptsConfig) -> str:
 
 
 class _Table:
-    """Collects rows into the tables: merges, limits, splits. Rows go to Arrow in chunks, to save memory."""
+    """Merges, limits and splits rows, and builds the tables. Rows become Arrow in chunks to save memory."""
 
     def __init__(self, config: PromptsConfig) -> None:
         self.config = config
@@ -198,20 +204,20 @@ class _Table:
         self.counts = Counter[str]()
         self.chunks: list[pa.Table] = []
         self.rows: list[tuple[Any, ...]] = []
-        #: Of every prompt: digest of its reference, its first place, whether it is within the limit.
+        #: By prompt: digest of its ground truth, its first place, whether it is within the limit.
         self.seen: dict[str, tuple[str, str, bool]] = {}
-        #: Digests of the prompts without regard to white space.
+        #: Digests of the prompts with white space folded.
         self.spaceless: set[str] = set()
         self.offline = OfflineRows()
 
     def add(self, row: Row) -> None:
-        """Take one row; DataError, and nothing taken, if it says something else than an earlier one."""
-        messages = _with_system(row.messages, self.config.system)
-        prompt, reference, digest = _names(row, messages)
+        """Add a row. Raises DataError, and adds nothing, if it contradicts an earlier row."""
+        messages = with_opening(row.messages, self.config)
+        prompt, ground_truth, digest = _names(row, messages)
         before = self.seen.get(prompt)
         if before is not None and before[0] != digest:
             raise DataError(
-                f"the prompt of {before[1]} stands here with another reference",
+                f"the prompt of {before[1]} stands here with another ground truth",
                 where=row.source,
                 remedy="keep one of the two rows",
             )
@@ -225,21 +231,21 @@ class _Table:
             self.seen[prompt] = (digest, row.source, kept)
             if kept:
                 self._count_twin(messages)
-                self._keep(prompt, messages, reference, digest, row.source)
+                self._keep(prompt, messages, ground_truth, digest, row.source)
 
     def _keep(
-        self, prompt: str, messages: list[Message], reference: str | None, digest: str, source: str
+        self, prompt: str, messages: list[Message], ground_truth: str | None, digest: str, source: str
     ) -> None:
-        split = "held_out" if ids.split_fraction(prompt) < self.config.held_out else "train"
+        split = "held_out" if hashing.split_fraction(prompt) < self.config.held_out else "train"
         self.counts["prompts"] += 1
         self.counts[split] += 1
-        self.rows.append((prompt, messages, reference, digest, source, split))
+        self.rows.append((prompt, messages, ground_truth, digest, source, split))
         if len(self.rows) == _CHUNK:
             self._flush()
 
     def _count_twin(self, messages: list[Message]) -> None:
-        """Count a prompt that is an earlier one but for white space: both are kept."""
-        bare = ids.prompt_id([turn | {"content": " ".join(turn["content"].split())} for turn in messages])
+        """Count a prompt that differs from an earlier one in white space alone. Both are kept."""
+        bare = hashing.prompt_id([turn | {"content": " ".join(turn["content"].split())} for turn in messages])
         self.counts["equal_but_for_space"] += bare in self.spaceless
         self.spaceless.add(bare)
 
@@ -248,7 +254,7 @@ class _Table:
         self.rows.clear()
 
     def finish(self, notes: Counter[str]) -> PromptSet:
-        """The tables, checked, and the counts; DataError if one side of the split is empty."""
+        """Return the checked tables and the counts. Raises DataError if one side of the split is empty."""
         self._flush()
         repeated = notes.pop("repeated", 0)
         notes.update(self.offline.counts)
@@ -265,34 +271,42 @@ class _Table:
         return PromptSet(prompts, self.offline.table(), counts)
 
 
-def _with_system(messages: list[Message], system: str | None) -> list[Message]:
-    if system is None or any(message["role"] == "system" for message in messages):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+def with_opening(messages: list[Message], config: PromptsConfig) -> list[Message]:
+    """A prompt with the turns that the configuration puts before it: system turn, then examples."""
+    first = sum(message["role"] == "system" for message in messages[:1])
+    opening = messages[:first]
+    if config.system is not None and not any(message["role"] == "system" for message in messages):
+        opening = [{"role": "system", "content": config.system}]
+    for example in config.examples:
+        opening.append({"role": "user", "content": example.prompt})
+        opening.append({"role": "assistant", "content": example.completion})
+    return [*opening, *messages[first:]]
 
 
 def _names(row: Row, messages: list[Message]) -> tuple[str, str | None, str]:
-    """(prompt_id, reference as canonical JSON or None, its digest or "")."""
+    """Return (prompt_id, ground truth as canonical JSON or None, its digest or "")."""
     try:
-        prompt = ids.prompt_id(messages)
+        prompt = hashing.prompt_id(messages)
         for completion in (*(row.pair or ()), *row.completions):
             completion.text.encode()
-        if row.reference is None:
+        if row.ground_truth is None:
             return prompt, None, ""
-        return prompt, ids.canonical_json(row.reference), ids.digest_json(row.reference)
+        return prompt, hashing.canonical_json(row.ground_truth), hashing.digest_json(row.ground_truth)
     except UnicodeEncodeError:
         raise DataError(
             "a text holds half of a surrogate pair", where=row.source, remedy="mend the \\ud... escape"
         ) from None
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"the reference is not a JSON value: {error}",
+            f"the ground truth is not a JSON value: {error}",
             where=row.source,
             remedy="give numbers, strings, lists or objects",
         ) from None
 
 
 def _check_split(config: PromptsConfig, counts: dict[str, int]) -> None:
+    if config.held_out in (0, 1):  # prompts that are only trained on, or only evaluated on
+        return
     for side, purpose, change in (("held_out", "held out", "raise"), ("train", "left to train on", "lower")):
         if not counts[side]:
             raise DataError(

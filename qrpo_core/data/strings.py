@@ -1,8 +1,7 @@
 """Strings that hold conversations: messages written as JSON, and transcripts of turns.
 
-Which form the strings of a data set have is a setting, `prompts.string_format`. Where it is not set, a string
-is text, and one that looks like another form is refused with the form's name: a model would otherwise be
-trained on the wrapping.
+`prompts.string_format` sets the form of a data set's strings. Without it strings are text, and a string that
+looks like another form is refused with the name of that form: else a model would be trained on the wrapping.
 """
 
 from __future__ import annotations
@@ -12,21 +11,21 @@ import re
 from collections import Counter
 from typing import Any, Literal
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.data.messages import Message, is_message, read_messages
-from qrpo_core.errors import DataError
 
 StringFormat = Literal["text", "json", "transcript"]
 
 _ROLE = {"human": "user", "user": "user", "assistant": "assistant"}
-#: The marks before turns, by how a transcript begins: those of Anthropic's HH-RLHF, of OpenAssistant-Guanaco,
-#: and others that are often written.
+#: The marks before turns, by the beginning of a transcript: Anthropic's HH-RLHF, OpenAssistant-Guanaco, and
+#: two other common forms.
 _MARKS = {
     "Human:": re.compile(r"(?:^|\n\n)(Human|Assistant):"),
     "### Human:": re.compile(r"\s*### (Human|Assistant):"),
     "User:": re.compile(r"(?:^|\n+)(User|Assistant):"),
     "USER:": re.compile(r"(?:^|\s+)(USER|ASSISTANT):"),
 }
-#: The beginning of a Python literal of messages, as CSV files of tables hold them.
+#: The beginning of a Python literal of messages, which CSV files often hold.
 _LITERAL = re.compile(r"\s*(?:array\()?\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 
 
@@ -39,10 +38,10 @@ def read_string(
     *,
     is_prompt: bool = False,
 ) -> str | list[Message]:
-    """The messages that a string holds in the given form, or the string itself where it holds none.
+    """Return the messages in a string of the given form, or the string itself if it holds none.
 
-    A list of one string, written as JSON, holds that string. Raises DataError for a list of several, and
-    where the form is not set and the string looks like messages (a prompt: also where it looks like a list).
+    A JSON list of one string gives that string; a list of several raises DataError. If the form is None, a
+    string that looks like messages raises DataError, and a prompt also if it looks like a list.
     """
     if form == "json":
         return _from_json(text, source, place, notes)
@@ -92,16 +91,13 @@ def _refuse_other_forms(text: str, source: str, place: str, is_prompt: bool) -> 
 
 
 def _is_wrapped(text: str) -> bool:
-    """Whether a text is a transcript of which its writer would not say that it is a text.
-
-    People write `User: ...` and `Assistant: ...` in prompts of their own.
-    """
+    """Whether a text is a transcript made by a program. People write `User: ...` in their own prompts too."""
     answered = {"Assistant", "ASSISTANT"} & set(_pieces(text)[::2])
     return text.startswith("\n\nHuman:") or (bool(answered) and not text.lstrip().startswith("User:"))
 
 
 def _messages(text: str) -> Any:
-    """The message or the list of messages that a string spells as JSON; None if it does not."""
+    """Return the message or list of messages that a string spells as JSON, or None."""
     if "role" not in text and "from" not in text:
         return None
     value = _json(text)
@@ -111,7 +107,7 @@ def _messages(text: str) -> Any:
 
 
 def _strings(text: str) -> list[str] | None:
-    """The list of strings that a string spells as JSON; None if it does not."""
+    """Return the list of strings that a string spells as JSON, or None."""
     value = _json(text) if text.lstrip().startswith("[") else None
     is_list = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
     return value if is_list else None
@@ -127,14 +123,14 @@ def _json(text: str) -> Any:
 
 
 def _pieces(text: str) -> list[str]:
-    """Who speaks and what is said, in turn; none if the text is no transcript."""
+    """Return speaker and text of each turn, alternating; empty if the text is no transcript."""
     text = text.strip()
     marks = next((marks for beginning, marks in _MARKS.items() if text.startswith(beginning)), None)
     return marks.split(text)[1:] if marks else []
 
 
 def _turns(text: str) -> list[Message]:
-    """The turns of a transcript, without the opening of an answer at its end; none if it is no transcript."""
+    """Return the turns of a transcript, without an empty answer at its end; empty for other texts."""
     pieces = _pieces(text)
     turns = [
         {"role": _ROLE[who.lower()], "content": said.strip()}

@@ -1,8 +1,7 @@
 """Rows of text files: JSON Lines, one JSON array, CSV.
 
-A row that cannot be read is given as the DataError that says so, and the file is read on where that is
-possible. Whole numbers of JSON keep all their digits. Cells of CSV are text as it stands; an empty one is
-null.
+An unreadable row is yielded as a DataError, and reading goes on if it can. Whole numbers of JSON keep all
+their digits. Cells of CSV are text; an empty cell is null.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from qrpo_core.data.config import PromptsConfig
+from qrpo_core.common.errors import DataError
+from qrpo_core.config.prompts import PromptsConfig
 from qrpo_core.data.fields import kind
 from qrpo_core.data.rows import check_columns
-from qrpo_core.errors import DataError
 
-#: The fields of a row, or why it cannot be read; and its place.
+#: (the fields of a row or the error of an unreadable one, its place)
 RawRow = tuple[dict[str, Any] | DataError, str]
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_json(stream: Any, shown: str, notes: Counter[str], key: str | None = None) -> Iterator[RawRow]:
-    """Rows of JSON Lines, or of one array of objects where the file begins with a bracket.
+    """Yield the rows of JSON Lines, or of one array of objects if the file begins with a bracket.
 
-    Places are `shown:line` (1-based, as editors count), for an array with the 0-based number of the item.
-    Blank lines are counted in `notes`. key : the field that holds the array, in a file of one object.
+    Places are `shown:line` (from 1), for an array with the number of the item (from 0). Blank lines are
+    counted in `notes`.
+    key : the field that holds the array, in a file of one object.
     """
     if key is not None:
         yield from _items_under(key, stream.read(), shown)
@@ -61,7 +61,7 @@ def read_json(stream: Any, shown: str, notes: Counter[str], key: str | None = No
 
 
 def read_csv(stream: Any, shown: str, config: PromptsConfig, delimiter: str) -> Iterator[RawRow]:
-    """Rows of a table with a header; places are `shown:line`, the line where the row begins.
+    """Yield the rows of a table with a header. Places are `shown:line`, the first line of the row.
 
     Raises DataError for a missing or doubled column and for a file that is not UTF-8.
     """
@@ -91,7 +91,7 @@ def read_csv(stream: Any, shown: str, config: PromptsConfig, delimiter: str) -> 
 
 
 def decode_json(text: str) -> Any:
-    """A JSON value; ValueError for one that is none and for a key that stands twice in an object."""
+    """Return a JSON value. Raises ValueError for other text and for a key that an object has twice."""
     return _DECODER.decode(text)
 
 
@@ -130,7 +130,7 @@ def _object(row: Any, place: str) -> dict[str, Any] | DataError:
 
 
 def _array(data: bytes, shown: str, line: int) -> Iterator[RawRow]:
-    """The items of a file that is one array, read one by one, each with the line where it begins."""
+    """Yield the items of a file that is one array, each with its first line."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

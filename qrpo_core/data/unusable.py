@@ -1,7 +1,7 @@
-"""Rows that a run cannot use: all of them told at once, or left out and counted.
+"""Rows that a run cannot use: reported all at once, or left out and counted.
 
-Whoever checks rows (tokenizer, template, lengths, graders) gives one `Unusable` a problem instead of raising
-at the first. What happens then is decided here, by `prompts.on_unusable`.
+The checks of rows (tokenizer, template, lengths, rewards) return an `Unusable` for each problem instead of
+raising at the first. `prompts.on_unusable` then decides.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qrpo_core.errors import DataError
+from qrpo_core.common.errors import DataError
 
 OnUnusable = Literal["refuse", "skip"]
 
-#: Kind of a row that does not have the form that the config names.
+#: Kind of a row without the form that the config names.
 UNREADABLE = "that cannot be read"
 
-#: Problems that a message tells in full; of the others it tells the place.
+#: Number of problems that a message gives in full; it names the places of the others.
 SHOWN = 20
-#: Places that a message names beside those; beyond them it gives their number.
+#: Number of further places that a message names; it counts the rest.
 PLACES = 1000
 
 
@@ -28,11 +28,12 @@ PLACES = 1000
 class Unusable:
     """One row that cannot be used.
 
-    prompt_id : the prompt; None for a row that could not even be read.
-    where : file and line, or what else the data set calls the row; the prompt_id where there is none.
-    problem : what is wrong, with the offending value. remedy : what its owner can do.
-    kind : what such problems are called when they are counted, such as "too long for the model".
-    sample_index : which of the data set's own completions is meant; None for the prompt itself.
+    prompt_id : the prompt; None for an unreadable row.
+    where : file and line, or another name of the row in its data set; else the prompt_id.
+    problem : the problem, with the offending value.
+    remedy : the remedy for the owner of the data.
+    kind : heading under which such problems are counted, such as "too long for the model".
+    sample_index : number of the data set's own completion; None for the prompt itself.
     """
 
     prompt_id: str | None
@@ -44,16 +45,16 @@ class Unusable:
 
 
 class UnusableError(DataError):
-    """Rows that cannot be used. Its text has one line a row, under one that counts them.
+    """Rows that cannot be used. The first line of its text counts them; then each row has a line.
 
-    found : the rows; none where it came from another process.
+    found : the rows; empty if the error came from another process.
     """
 
     found: tuple[Unusable, ...] = ()
 
     @classmethod
     def of(cls, lines: Sequence[str], found: Sequence[Unusable]) -> UnusableError:
-        """The error of these rows. lines : its text."""
+        """Return the error of these rows with these lines as its text."""
         error = cls("\n".join(lines))
         error.found = tuple(found)
         return error
@@ -63,9 +64,9 @@ class UnusableError(DataError):
 
 
 def report_unusable(found: Sequence[Unusable], on_unusable: OnUnusable) -> set[str]:
-    """Raise one UnusableError that tells all of `found`, or with "skip" return the prompts to leave out.
+    """Raise one UnusableError for all of `found`, or with "skip" return the prompts to leave out.
 
-    A problem of a single completion (`sample_index`) leaves out no prompt.
+    A problem of a single completion (`sample_index`) does not leave out its prompt.
     """
     if found and on_unusable == "refuse":
         raise UnusableError.of(unusable_lines(found), found)
@@ -73,10 +74,10 @@ def report_unusable(found: Sequence[Unusable], on_unusable: OnUnusable) -> set[s
 
 
 def unusable_lines(found: Sequence[Unusable]) -> list[str]:
-    """The message: how many of which kind, the remedy, the first `SHOWN` in full, places of the others."""
+    """Return the message: counts by kind, the remedy, the first `SHOWN` problems, places of the others."""
     rows = len({(each.prompt_id, each.where, each.sample_index) for each in found})
     by_kind = ", ".join(f"{count} {kind}" for kind, count in count_kinds(found).items())
-    remedy = "mend or remove them, or set prompts.on_unusable: skip to leave them out, counted"
+    remedy = "correct or remove them, or set prompts.on_unusable: skip to leave them out and count them"
     lines = [f"{rows} row{'s' if rows > 1 else ''} cannot be used ({by_kind}): {remedy}"]
     lines += ["  " + _one_line(f"{each.where}: {each.problem}; {each.remedy}") for each in found[:SHOWN]]
     rest = [each.where for each in found[SHOWN:]]
@@ -87,7 +88,7 @@ def unusable_lines(found: Sequence[Unusable]) -> list[str]:
 
 
 def count_kinds(found: Iterable[Unusable]) -> dict[str, int]:
-    """How many problems of each kind, the commonest first."""
+    """Return the number of problems of each kind, the most frequent first."""
     return dict(Counter(each.kind for each in found).most_common())
 
 

@@ -1,30 +1,35 @@
-"""Which requests are decoded together, and in which shape.
+"""Plan which requests are decoded together, and in which tensor shapes.
 
-The law: a row's tokens depend on its own request alone. Floating-point results of matrix products depend on
-shapes, so the shape in which a row is computed is a function of that row alone: its prompt is read by itself,
-unpadded, and it is decoded in a table whose number of slots and positions follows from its own length.
+On a CPU a row's tokens depend on its own request alone. Floating-point results of matrix products depend on
+shapes, so there the shapes in which a row is computed follow from that row: its prompt is prefilled alone and
+unpadded, and it is decoded in a batch whose numbers of slots and positions follow from its own length. On an
+accelerator rows are not exact anyway: shapes follow from its memory, and prompts are prefilled together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qrpo_core.engines.base import SampleRequest, SamplingParams, ScoreRequest
-from qrpo_core.errors import EngineError
+from qrpo_core.engines.base import SampleRequest
 
-#: Positions of the smallest table; larger ones are 2^k and 1.5 * 2^k. Every slot is masked to what it holds.
+#: Positions of the smallest batch; larger batches have 2^k or 1.5 * 2^k. Unused positions are masked.
 _SMALLEST = 96
-#: Slots of a table; rows of more than 512 positions get fewer, to keep slots * positions near 32,768.
+#: Slots of a batch; above 512 positions there are fewer, to keep slots * positions near 32,768.
 _SLOTS, _FEWEST_SLOTS, _CELLS = 64, 8, 32768
+#: Slots by memory are at most this many: above it a step takes as long as its reads, so more save nothing.
+_MOST_SLOTS = 1024
+#: Bytes of a step for each slot and token of the vocabulary: logits, weights and, for top_p, their order.
+_VOCABULARY_BYTES = 64
+#: Positions that a step on an accelerator reads at least; then 2, 4, 8 ... times as many.
+_FEWEST_VISIBLE = 256
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows decoded together: `slots` at a time, each in `positions` places of the key-value cache.
+class DecodeBatch:
+    """Rows decoded together, `slots` at a time, each with `positions` places in the key-value cache.
 
-    rows : indices into the requests; equal prompts are neighbours, so each prompt is read once.
+    rows : indices into the requests. Equal prompts are neighbours, so each prompt is prefilled once.
     """
 
     slots: int
@@ -33,7 +38,7 @@ class Table:
 
 
 def positions_for(length: int) -> int:
-    """Places of the cache for a row of `length` tokens, prompt and limit of new ones: at most half more."""
+    """Cache positions for a row of `length` tokens (prompt and max_new_tokens); at most a half more."""
     size = _SMALLEST
     while size < length:
         size = size * 4 // 3 if size % 3 == 0 else size * 3 // 2
@@ -41,91 +46,64 @@ def positions_for(length: int) -> int:
 
 
 def slots_for(positions: int) -> int:
-    """Slots of a table: 64, and fewer (8 at least) for long rows, which would take too much memory."""
+    """Slots of a batch on a CPU: 64, and for long rows fewer (at least 8), to limit memory."""
     return max(_FEWEST_SLOTS, min(_SLOTS, _CELLS // positions // 8 * 8))
 
 
-def tables(
-    requests: Sequence[SampleRequest], max_new_tokens: int, *, slots: int | None = None
-) -> list[Table]:
-    """Deal the requests out to tables.
+def slots_by_memory(free_bytes: int, position_bytes: int, positions: int, vocab_size: int) -> int:
+    """Slots of a batch on an accelerator: as many as half of the free memory holds, from 8 to 1,024.
 
-    slots : rows at a time where exactness is not to be had (accelerators): one table for all. None: shapes
-        follow from each row's own length.
+    position_bytes : keys and values of one token: layers * key-value heads * head dimension * 2 * bytes of a
+        number.
+    """
+    slot_bytes = positions * position_bytes + vocab_size * _VOCABULARY_BYTES
+    return max(_FEWEST_SLOTS, min(_MOST_SLOTS, free_bytes // 2 // slot_bytes // 8 * 8))
+
+
+def visible_for(length: int, positions: int) -> int:
+    """Positions that a step reads when its longest row has `length` tokens: 256 * 2^k, at most `positions`.
+
+    A step is captured once for each number, so there are few of them.
+    """
+    visible = _FEWEST_VISIBLE
+    while visible < length:
+        visible *= 2
+    return min(visible, positions)
+
+
+def decode_batches(
+    requests: Sequence[SampleRequest], max_new_tokens: int, *, slots: int | None = None
+) -> list[DecodeBatch]:
+    """Divide the requests into batches.
+
+    slots : None lets shapes follow from each row's own length. A number makes one batch of all requests with
+        that many slots, for accelerators, where rows are not exact anyway.
     """
     lengths = [len(request.prompt_token_ids) + max_new_tokens for request in requests]
     if not lengths:
         return []
     order = sorted(range(len(requests)), key=lambda row: (lengths[row], requests[row].prompt_token_ids, row))
     if slots is not None:
-        return [Table(slots, positions_for(max(lengths)), tuple(order))]
+        return [DecodeBatch(slots, positions_for(max(lengths)), tuple(order))]
     sizes: dict[int, list[int]] = {}
     for row in order:
         sizes.setdefault(positions_for(lengths[row]), []).append(row)
-    return [Table(slots_for(size), size, tuple(rows)) for size, rows in sizes.items()]
+    return [DecodeBatch(slots_for(size), size, tuple(rows)) for size, rows in sizes.items()]
 
 
-def check_samples(
-    requests: Sequence[SampleRequest], params: SamplingParams, *, vocab_size: int, max_length: int | None
-) -> None:
-    """Refuse what cannot be drawn as asked; nothing is cut to fit. Raises EngineError."""
-    if not params.temperature > 0 or not 0 < params.top_p <= 1 or params.max_new_tokens < 1:
-        raise EngineError(
-            f"temperature {params.temperature} must be > 0, top_p {params.top_p} in (0, 1], "
-            f"max_new_tokens {params.max_new_tokens} >= 1"
-        )
-    checked: set[tuple[int, ...]] = set()
-    for request in requests:
-        if request.prompt_token_ids in checked:
-            continue
-        where = f"prompt {request.prompt_id}"
-        _check_tokens(request.prompt_token_ids, vocab_size, where)
-        length = len(request.prompt_token_ids)
-        if max_length is not None and length + params.max_new_tokens > max_length:
-            raise EngineError(
-                f"a prompt of {length} tokens and {params.max_new_tokens} new ones exceed the model's "
-                f"{max_length}",
-                where=where,
-                remedy="lower sampling.max_new_tokens or remove the prompt; prompts are never cut",
-            )
-        checked.add(request.prompt_token_ids)
+def prefill_groups(
+    prompts: Sequence[tuple[int, ...]], tokens: int | None
+) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Divide prompts, in their order, into groups that are prefilled in one pass.
 
-
-def check_scores(
-    sequences: Sequence[ScoreRequest],
-    *,
-    vocab_size: int,
-    max_length: int | None,
-    temperature: float = 1.0,
-    only_at_1: bool = False,
-) -> None:
-    """Refuse sequences that the model cannot score. Raises EngineError naming the row.
-
-    only_at_1 : whether the engine has the log-probs of temperature 1 alone.
+    tokens : of a pass, padding included; a longer prompt is alone. None puts every prompt alone.
     """
-    if not 0 < temperature < math.inf:
-        raise EngineError(f"temperature {temperature} must be a number above 0")
-    if only_at_1 and temperature != 1:
-        raise EngineError(
-            f"this engine gives log-probs at temperature 1, not {temperature:g}",
-            remedy="score with the engine transformers",
-        )
-    for row, sequence in enumerate(sequences):
-        _check_tokens(sequence.prompt_token_ids, vocab_size, f"row {row}")
-        if sequence.token_ids:
-            _check_tokens(sequence.token_ids, vocab_size, f"row {row}")
-        length = len(sequence.prompt_token_ids) + len(sequence.token_ids)
-        if max_length is not None and length > max_length:
-            raise EngineError(
-                f"a sequence of {length} tokens exceeds the model's {max_length}",
-                where=f"row {row}",
-                remedy="remove it; sequences are never cut",
-            )
-
-
-def _check_tokens(ids: tuple[int, ...], vocab_size: int, where: str) -> None:
-    if not ids:
-        raise EngineError("an empty prompt", where=where, remedy="a prompt has at least one token")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise EngineError(f"token id {wrong} is outside the vocabulary of {vocab_size}", where=where)
+    group: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        longest = max(map(len, [*group, prompt]))
+        if group and (tokens is None or (len(group) + 1) * longest > tokens):
+            yield tuple(group)
+            group = []
+        group.append(prompt)
+    if group:
+        yield tuple(group)

@@ -1,197 +1,154 @@
-"""The decoding loop: prompts are read one by one, rows are decoded in the slots of a table.
+"""The decoding loop: which row is in which slot, and when it ends.
 
-A slot that becomes free is taken by the next row at once, so no step is spent on padding but the last few.
+Rows are decoded together in the slots of a batch. The host looks at the drawn tokens after every few
+steps (`DecodeSteps`); rows that ended give their slots to the next rows, so only a few steps compute rows
+that have ended.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from transformers.cache_utils import Cache
 
+from qrpo_core.common.errors import EngineError
 from qrpo_core.engines.base import Completion, SampleRequest, SamplingParams
-from qrpo_core.engines.batching import Table
-from qrpo_core.engines.noise import draw, uniforms
-from qrpo_core.engines.slots import SlotCache, check_cache
-from qrpo_core.errors import EngineError
+from qrpo_core.engines.batching import DecodeBatch, prefill_groups
+from qrpo_core.engines.decode_steps import Decoder, DecodeSteps, Prompts
+from qrpo_core.engines.sampling import uniforms
+from qrpo_core.engines.slot_cache import check_cache
 
-#: Takes a request's index and its completion.
-Finished = Callable[[int, Completion], None]
-
-
-class Decoder:
-    """What the loop needs of a model: read a prompt, take one step in every slot."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._device = model.device
-
-    def read(self, prompt: Sequence[int]) -> tuple[Cache, torch.Tensor]:
-        """The prompt's keys and values, and the logits [1, vocab] of the first new token.
-
-        Read alone and unpadded: the shapes, and with them the last digits, follow from this prompt only.
-        """
-        ids = torch.tensor([list(prompt)], device=self._device)
-        output = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return output.past_key_values, output.logits[:, -1]
-
-    def step(self, cache: SlotCache, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [slots, vocab] after `tokens` [slots], which stand at `cache.places`."""
-        output = self._model(
-            input_ids=tokens[:, None],
-            position_ids=cache.places[:, None],
-            attention_mask=cache.mask(self._model.dtype),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
-
-    def slots_agree(self, cache: SlotCache) -> bool:
-        """Whether, on this machine, a row's logits depend neither on its slot nor on the other slots.
-
-        Tried, not assumed: one sequence in all slots must give equal logits bit for bit, and the same ones
-        when the other slots hold something else. Overwrites the cache.
-        """
-        noise = torch.Generator().manual_seed(0)
-        for layer in cache.layers:
-            for states in (layer.keys, layer.values):
-                one = torch.randn(states.shape[1:], generator=noise)
-                states.copy_(one.to(states))
-        middle = cache.positions // 2
-        cache.places = torch.full_like(cache.rows, middle)
-        tokens = torch.ones_like(cache.rows)
-        alike = self.step(cache, tokens)
-        kept = torch.zeros_like(cache.rows, dtype=torch.bool)
-        kept[[0, cache.slots // 2, -1]] = True
-        for layer in cache.layers:
-            layer.keys[~kept] *= -0.5
-            layer.values[~kept] *= 3.0
-        cache.places = torch.where(kept, middle, cache.rows % cache.positions)
-        mixed = self.step(cache, torch.where(kept, tokens, tokens + cache.rows % 2 - 1))
-        return torch.equal(alike, alike[:1].expand_as(alike)) and torch.equal(mixed[kept], alike[kept])
+#: Where rows are admitted in groups: the share of slots that must be free.
+_FREE_SHARE = 1 / 8
 
 
-class _Row:
-    """A row that is being drawn."""
+class BatchDecoding:
+    """Decodes one batch; iterating yields (index of the request, its completion) as rows end.
 
-    def __init__(self, index: int, request: SampleRequest, params: SamplingParams) -> None:
-        self.index, self.request, self._params = index, request, params
-        self.noise = uniforms(request.seed, params.max_new_tokens)
-        self.tokens: list[int] = []
-        self._logprob = 0.0
-
-    @property
-    def place(self) -> int:
-        """Position of the last token drawn."""
-        return len(self.request.prompt_token_ids) + len(self.tokens) - 1
-
-    def add(self, token: int, logprob: float) -> Completion | None:
-        """Take a drawn token; the completion if it was the last."""
-        if not np.isfinite(logprob):
-            raise EngineError(
-                f"the model's probabilities are not finite at new token {len(self.tokens)}",
-                where=f"prompt {self.request.prompt_id}, sample {self.request.sample_index}",
-                remedy="the weights may be damaged, or their precision too low",
-            )
-        self.tokens.append(token)
-        self._logprob += logprob
-        stopped = token in self._params.stop_token_ids
-        if not stopped and len(self.tokens) < self._params.max_new_tokens:
-            return None
-        return Completion(
-            self.request.prompt_id,
-            self.request.sample_index,
-            self.request.seed,
-            tuple(self.tokens),
-            "stop" if stopped else "length",
-            self._logprob,
-        )
-
-
-class TableRun:
-    """One table from its first row to its last.
-
-    check : called with the decoder's fresh cache before any row enters it.
+    Parameters
+    ----------
+    steps_like : the batch's steps, for a cache with the layers and heads of a given one.
+    steps_per_look : steps between two looks at the drawn tokens.
+    prefill_tokens : tokens of a pass over several prompts, padding included. None prefills each prompt alone
+        and gives a free slot to the next row at once; with a number, rows are admitted in groups.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        table: Table,
+        batch: DecodeBatch,
         requests: Sequence[SampleRequest],
         params: SamplingParams,
-        check: Callable[[SlotCache], None],
+        steps_like: Callable[[Cache], DecodeSteps],
+        *,
+        steps_per_look: int = 1,
+        prefill_tokens: int | None = None,
     ) -> None:
-        self._decoder, self._table, self._requests, self._params = decoder, table, requests, params
-        self._check = check
-        self._waiting = deque(table.rows)
-        self._slots: list[_Row | None] = [None] * table.slots
-        self._cache: SlotCache | None = None
-        self._prompt: tuple[int, ...] | None = None
-        self._read: tuple[Cache, torch.Tensor] | None = None
+        self._decoder, self._requests, self._params = decoder, requests, params
+        self._steps_like, self._prefill_tokens = steps_like, prefill_tokens
+        self._steps_per_look = steps_per_look
+        self._stops = np.array(params.stop_token_ids, np.int64)
+        self._waiting = deque(batch.rows)
+        self._prefilled: tuple[Prompts, Cache] | None = None
+        self._steps: DecodeSteps | None = None
+        # Of each slot: the index of its request (-1: free), new tokens, last token and its position.
+        self._rows = np.full(batch.slots, -1)
+        self._counts, self._last, self._places = np.zeros((3, batch.slots), np.int64)
+        # By slot and new token; the last steps may pass the limit.
+        shape = (batch.slots, params.max_new_tokens + steps_per_look)
+        self._noise = np.full(shape, 0.5)
+        self._tokens = np.zeros(shape, np.int64)
+        self._logprobs = np.zeros(shape)
 
     def __iter__(self) -> Iterator[tuple[int, Completion]]:
-        """(index of the request, its completion), as rows finish."""
         while True:
-            yield from self._admit()
-            active = [slot for slot, row in enumerate(self._slots) if row is not None]
-            if not active:
+            self._admit()
+            if (self._rows < 0).all():
                 return
-            yield from self._step(active)
+            yield from self._decode()
 
-    def _admit(self) -> Iterator[tuple[int, Completion]]:
-        """Give free slots to waiting rows and draw their first tokens."""
-        for slot, taken in enumerate(self._slots):
-            while taken is None and self._waiting:
-                index = self._waiting.popleft()
-                row = _Row(index, self._requests[index], self._params)
-                sequence, logits = self._reading(row.request.prompt_token_ids)
-                noise = torch.tensor(row.noise[:1], device=logits.device)
-                token, logprob = draw(logits, noise, self._params.temperature, self._params.top_p)
-                done = row.add(int(token), float(logprob))
-                if done is not None:
-                    yield index, done
-                    continue
-                self._opened(sequence).place(slot, sequence)
-                self._slots[slot] = taken = row
+    def _admit(self) -> None:
+        """Put waiting rows into free slots and prefill their prompts."""
+        free = np.flatnonzero(self._rows < 0)
+        enough = 1 if self._prefill_tokens is None else max(1, int(len(self._rows) * _FREE_SHARE))
+        if not self._waiting or len(free) < min(enough, len(self._waiting)):
+            return
+        takers: dict[tuple[int, ...], list[int]] = {}
+        for slot in free[: len(self._waiting)]:
+            row = self._waiting.popleft()
+            request = self._requests[row]
+            prompt = request.prompt_token_ids
+            takers.setdefault(prompt, []).append(int(slot))
+            self._rows[slot], self._counts[slot] = row, 0
+            # The first step computes the prompt's last token again, and draws the first new one.
+            self._last[slot], self._places[slot] = prompt[-1], len(prompt) - 1
+            self._noise[slot, : self._params.max_new_tokens] = uniforms(
+                request.seed, self._params.max_new_tokens
+            )
+        for prompts in prefill_groups(list(takers), self._prefill_tokens):
+            cache = self._prefill(prompts)
+            if self._steps is None:
+                self._steps = self._steps_like(cache)
+            pairs = [(slot, at) for at, prompt in enumerate(prompts) for slot in takers[prompt]]
+            self._steps.cache.place([slot for slot, _ in pairs], cache, [at for _, at in pairs])
 
-    def _step(self, active: list[int]) -> Iterator[tuple[int, Completion]]:
-        """One token for every active slot. Free slots compute too: the shape stays the same."""
-        cache = self._cache
-        assert cache is not None  # a slot is active, so a row was placed
-        tokens, places = torch.zeros((2, self._table.slots), dtype=torch.long)
-        noise = torch.full((self._table.slots,), 0.5, dtype=torch.float64)
-        for slot in active:
-            row = self._slots[slot]
-            assert row is not None
-            tokens[slot], places[slot] = row.tokens[-1], row.place
-            noise[slot] = row.noise[len(row.tokens)]
-        device = cache.rows.device
-        cache.places = places.to(device)
-        logits = self._decoder.step(cache, tokens.to(device))
-        drawn, logprobs = draw(logits, noise.to(device), self._params.temperature, self._params.top_p)
-        for slot, token, logprob in zip(
-            range(len(self._slots)), drawn.tolist(), logprobs.tolist(), strict=True
-        ):
-            row = self._slots[slot]
-            if row is not None and (done := row.add(token, logprob)) is not None:
-                self._slots[slot] = None
-                yield row.index, done
+    def _prefill(self, prompts: Prompts) -> Cache:
+        """The prompts' cache; the last one is kept, for further rows of the same prompts."""
+        if self._prefilled is None or prompts != self._prefilled[0]:
+            self._prefilled = None  # two at a time would take the memory twice
+            cache = self._decoder.prefill(prompts)
+            check_cache(cache, max(map(len, prompts)) + self._params.max_new_tokens)
+            self._prefilled = prompts, cache
+        return self._prefilled[1]
 
-    def _reading(self, prompt: tuple[int, ...]) -> tuple[Cache, torch.Tensor]:
-        """The prompt as read; equal prompts are neighbours in a table and are read once."""
-        if self._read is None or prompt != self._prompt:
-            self._read, self._prompt = self._decoder.read(prompt), prompt
-            check_cache(self._read[0], len(prompt) + self._params.max_new_tokens)
-        return self._read
+    def _decode(self) -> Iterator[tuple[int, Completion]]:
+        """Run some steps and give out the rows that ended. Free slots are computed too."""
+        assert self._steps is not None  # a slot is taken, so a prompt was prefilled
+        taken = self._rows >= 0
+        limit = self._params.max_new_tokens
+        steps = min(self._steps_per_look, limit - int(self._counts[taken].min()))
+        slots = np.arange(len(taken))
+        span = self._counts + np.arange(steps)[:, None]
+        drawn, logprobs = self._steps.run(self._last, self._places, self._noise[slots, span])
+        self._tokens[slots, span], self._logprobs[slots, span] = drawn, logprobs
+        stopped = np.isin(drawn, self._stops)
+        ends = stopped | (span + 1 == limit)
+        ended = ends.any(axis=0)
+        final = np.where(ended, ends.argmax(axis=0), steps - 1)
+        self._check_finite(logprobs, taken & (np.arange(steps)[:, None] <= final))
+        for slot in np.flatnonzero(taken & ended):
+            row = int(self._rows[slot])
+            at = final[slot]
+            yield row, self._completion(int(slot), int(span[at, slot]) + 1, bool(stopped[at, slot]))
+        self._rows[ended] = -1
+        going = self._rows >= 0
+        self._counts = np.where(going, self._counts + steps, 0)
+        self._places = np.where(going, self._places + steps, 0)
+        self._last = np.where(going, drawn[-1], 0)
 
-    def _opened(self, like: Cache) -> SlotCache:
-        if self._cache is None:
-            self._cache = SlotCache(like, self._table.slots, self._table.positions)
-            self._check(self._cache)
-        return self._cache
+    def _check_finite(self, logprobs: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_]) -> None:
+        """Raise EngineError for the first log-prob that is no finite number, among those that count."""
+        bad = np.argwhere(counted & ~np.isfinite(logprobs))
+        if len(bad):
+            step, slot = bad[0]
+            request = self._requests[self._rows[slot]]
+            raise EngineError(
+                f"the model's probabilities are not finite at new token {self._counts[slot] + step}",
+                where=f"prompt {request.prompt_id}, sample {request.sample_index}",
+                remedy="the weights may be damaged, or their precision too low",
+            )
+
+    def _completion(self, slot: int, count: int, stopped: bool) -> Completion:
+        request = self._requests[self._rows[slot]]
+        return Completion(
+            request.prompt_id,
+            request.sample_index,
+            request.seed,
+            tuple(self._tokens[slot, :count].tolist()),
+            "stop" if stopped else "length",
+            # One by one: another order of the sum would change its last digit with the steps a look.
+            float(np.cumsum(self._logprobs[slot, :count])[-1]),
+        )

@@ -1,4 +1,4 @@
-"""A deterministic engine without weights: for tests, for trying a pipeline, for teaching its code."""
+"""A deterministic engine without weights, for tests and for trying out a pipeline."""
 
 from __future__ import annotations
 
@@ -8,36 +8,30 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qrpo_core.engines.base import (
-    Completion,
-    Progress,
-    SampleRequest,
-    SamplingParams,
-    ScoreRequest,
-    no_progress,
-)
-from qrpo_core.engines.batching import check_samples, check_scores
-from qrpo_core.engines.noise import uniforms
-from qrpo_core.errors import EngineError
+from qrpo_core.common.errors import EngineError
+from qrpo_core.common.progress import Progress, no_progress
+from qrpo_core.engines.base import Completion, Engine, LogprobRequest, SampleRequest, SamplingParams
+from qrpo_core.engines.sampling import uniforms
+from qrpo_core.engines.validation import check_logprob_requests, check_samples
 
-#: Different next-token distributions; which one applies follows from all tokens so far.
+#: States of the Markov model, each with its next-token distribution.
 _STATES = 8
 
 Floats = npt.NDArray[np.float64]
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """A small Markov model over the vocabulary, the same for every policy.
 
     Parameters
     ----------
     vocab_size : ids below it are drawn.
-    stop_token_ids : share `end_probability` at every step; no other request parameter changes the model.
-    end_probability : chance that a token ends the completion: the mean length is its inverse.
-    seconds_per_row : time that drawing or scoring a row pretends to take.
-    max_length : longest sequence, None for no limit.
+    stop_token_ids : have probability `end_probability` together, at every step.
+    end_probability : the mean length of a completion is its inverse.
+    seconds_per_row : time to sleep for each row that is drawn or whose log-probs are computed.
+    max_length : longest sequence; None for no limit.
 
-    Samples and log-probs agree exactly, and the law of engines holds: a row depends on its request alone.
+    Samples and log-probs agree exactly, and a row depends on its request alone.
     """
 
     def __init__(
@@ -69,42 +63,34 @@ class FakeEngine:
         weights *= (1.0 - end_probability if ends else 1.0) / weights.sum(axis=1, keepdims=True)
         weights[:, ends] = end_probability / max(len(ends), 1)
         self._logprobs: Floats | None = np.log(weights)
-        self._running: dict[tuple[float, float], Floats] = {}
+        self._cumulative: dict[tuple[float, float], Floats] = {}
 
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, progress: Progress = no_progress
     ) -> list[Completion]:
-        """One completion a request, in the order of the requests."""
+        """One completion for each request, in their order."""
         table = self._table()
         check_samples(requests, params, vocab_size=self._vocab_size, max_length=self._max_length)
-        if (asked := (params.temperature, params.top_p)) not in self._running:
-            self._running = {asked: _running_sums(table, *asked)}
-        running = self._running[asked]
+        settings = (params.temperature, params.top_p)
+        if settings not in self._cumulative:
+            self._cumulative = {settings: _cumulative(table, *settings)}
+        cumulative = self._cumulative[settings]
         drawn = []
         for request in requests:
-            drawn.append(_draw(request, params, table, running))
+            drawn.append(_draw(request, params, table, cumulative))
             time.sleep(self._seconds_per_row)
             progress(1)
         return drawn
 
-    def logprobs(
-        self,
-        sequences: Sequence[ScoreRequest],
-        progress: Progress = no_progress,
-        temperature: float = 1.0,
-    ) -> npt.NDArray[np.float64]:
-        """log-probability of every completion in nats, [sequences]."""
-        return np.array([scores.sum() for scores in self.token_logprobs(sequences, progress, temperature)])
-
     def token_logprobs(
         self,
-        sequences: Sequence[ScoreRequest],
+        sequences: Sequence[LogprobRequest],
         progress: Progress = no_progress,
         temperature: float = 1.0,
     ) -> list[Floats]:
-        """log-probability of every token of every completion in nats."""
+        """log-probabilities of the tokens of each completion in nats."""
         table = self._table()
-        check_scores(
+        check_logprob_requests(
             sequences, vocab_size=self._vocab_size, max_length=self._max_length, temperature=temperature
         )
         if temperature != 1:
@@ -123,9 +109,9 @@ class FakeEngine:
         return rows
 
     def close(self) -> None:
-        """Give the memory back; the engine is of no use afterwards."""
+        """Release the memory."""
         self._logprobs = None
-        self._running = {}
+        self._cumulative = {}
 
     def _table(self) -> Floats:
         if self._logprobs is None:
@@ -144,8 +130,8 @@ def _next(state: int, token: int) -> int:
     return (5 * state + token + 1) % _STATES
 
 
-def _running_sums(logprobs: Floats, temperature: float, top_p: float) -> Floats:
-    """Cumulative distribution of every state [states, vocab] at a temperature, cut to mass top_p."""
+def _cumulative(logprobs: Floats, temperature: float, top_p: float) -> Floats:
+    """Cumulative distribution of every state, [states, vocab], at a temperature and cut to mass top_p."""
     weights = np.exp(logprobs / temperature)
     weights /= weights.sum(axis=1, keepdims=True)
     if top_p < 1:
@@ -156,14 +142,14 @@ def _running_sums(logprobs: Floats, temperature: float, top_p: float) -> Floats:
     return np.cumsum(weights, axis=1)
 
 
-def _draw(request: SampleRequest, params: SamplingParams, logprobs: Floats, running: Floats) -> Completion:
+def _draw(request: SampleRequest, params: SamplingParams, logprobs: Floats, cumulative: Floats) -> Completion:
     noise = uniforms(request.seed, params.max_new_tokens)
     state = _state(request.prompt_token_ids)
     tokens: list[int] = []
     total = 0.0
     for number in noise:
-        line = running[state]
-        # The running sum must pass the number: an entry without mass is never taken, nor one past the last.
+        line = cumulative[state]
+        # The cumulative sum must exceed the number, so a token without mass is never drawn.
         token = int(np.searchsorted(line, min(number * line[-1], np.nextafter(line[-1], 0.0)), side="right"))
         tokens.append(token)
         total += float(logprobs[state, token])

@@ -1,7 +1,8 @@
-"""The engine for scale: vLLM, in processes of its own and in an environment of its own."""
+"""The engine for large models: vLLM, in child processes with their own Python environment."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -13,41 +14,45 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qrpo_core.engines.answers import checked_completion, checked_scores, seed_of
-from qrpo_core.engines.base import (
-    Completion,
-    Progress,
-    SampleRequest,
-    SamplingParams,
-    ScoreRequest,
-    no_progress,
+from qrpo_core.common.errors import EngineError
+from qrpo_core.common.progress import Progress, no_progress
+from qrpo_core.config.engines import VllmConfig
+from qrpo_core.engines.base import Completion, Engine, LogprobRequest, SampleRequest, SamplingParams
+from qrpo_core.engines.validation import (
+    check_logprob_requests,
+    check_samples,
+    checked_completion,
+    checked_logprobs,
 )
-from qrpo_core.engines.batching import check_samples, check_scores
-from qrpo_core.engines.config import VllmConfig
 from qrpo_core.engines.vllm_process import VllmProcess
 from qrpo_core.engines.vllm_setup import gpu_groups, interpreter, llm_arguments, require, visible_gpus
-from qrpo_core.errors import EngineError
 
-#: vLLM takes a lower temperature for this one.
+#: vLLM silently raises lower temperatures to this one.
 _LOWEST_TEMPERATURE = 0.01
+#: Of the test whether rows depend on their company: rows, most tokens of a prompt, tokens of a completion.
+_TEST_ROWS, _TEST_PROMPT, _TEST_TOKENS = 256, 300, 16
+
+_logger = logging.getLogger("qrpo.vllm")
 
 
-class VllmEngine:
-    """Draws from and scores with the model of a directory, loaded once, for many calls.
+class VllmEngine(Engine):
+    """Draws from and scores with the model of a directory, which each child process loads once.
 
     Parameters
     ----------
-    directory : what `from_pretrained` loads.
-    dtype : "bfloat16" or "float32", of weights and arithmetic; float32 on a CPU without bfloat16 of its own.
-    config : see there. Each engine is a process group that ends when this process does, killed or not.
-    adapters : LoRA adapters (peft's adapter_config.json and weights) that stand beside the model; they are
-        used unmerged.
+    directory : a model directory for `from_pretrained`.
+    dtype : "bfloat16" or "float32", of weights and arithmetic; a CPU without native bfloat16 uses float32.
+    config : how many processes, on which GPUs. Each is a process group that ends with this process, even if
+        this process is killed.
+    adapters : directory of LoRA adapters (peft's adapter_config.json and weights) to apply unmerged.
 
-    Raises EngineError, naming the log, where an engine does not start, fails or dies. The next call starts
-    what is missing anew. `exact` is False: a row's numbers depend on which rows are computed with it.
+    `facts` has what the processes said when they were ready (see `vllm_child`): vLLM's model runner, which
+    decides how rows are seeded, the sequences decoded at a time, the device.
+
+    Raises EngineError, naming the log, if a child process does not start, fails or dies. The next call
+    restarts it. `exact` is False, because a row's numbers depend on the rows computed with it. With
+    `vllm.batch_invariant` they do not: then `exact` is what a test on this machine has shown.
     """
-
-    exact = False
 
     def __init__(
         self, directory: Path | str, dtype: str, config: VllmConfig, *, adapters: Path | str | None = None
@@ -58,6 +63,7 @@ class VllmEngine:
         self._settings = {
             "model": llm_arguments(Path(directory), dtype, config, adapters),
             "adapters": None if adapters is None else str(Path(adapters).absolute()),
+            "batch_invariant": config.batch_invariant,
         }
         self._processes: list[VllmProcess | None] = [None] * len(self._groups)
         self._lock = threading.Lock()
@@ -65,78 +71,83 @@ class VllmEngine:
         facts = self._start()
         self.name = "/".join(filter(None, ("vllm", facts["device"], facts["dtype"], config.quantization)))
         self._vocab_size, self._max_length = int(facts["vocab_size"]), int(facts["max_length"])
+        self.facts = facts
+        self.exact = config.batch_invariant and self.rows_are_alone()
+        if config.batch_invariant and not self.exact:
+            _logger.warning("rows differ in other company although vllm.batch_invariant is true")
 
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, progress: Progress = no_progress
     ) -> list[Completion]:
-        """One completion a request, in the order of the requests.
+        """One completion for each request, in their order.
 
-        Raises EngineError for a prompt that leaves no room for `max_new_tokens` (it is never cut).
+        Raises EngineError for a prompt that leaves no room for `max_new_tokens`; prompts are never cut.
         """
         self._check_open()
         check_samples(requests, params, vocab_size=self._vocab_size, max_length=self._max_length)
         if params.temperature < _LOWEST_TEMPERATURE:
             raise EngineError(
-                f"temperature {params.temperature} is below {_LOWEST_TEMPERATURE}, where vLLM takes another",
+                f"temperature {params.temperature} is below {_LOWEST_TEMPERATURE}, and vLLM would raise it",
                 where="sampling.temperature",
                 remedy=f"give {_LOWEST_TEMPERATURE} or more, or use the engine transformers",
             )
         work = [len(request.prompt_token_ids) + params.max_new_tokens for request in requests]
-        shares = deal([request.prompt_token_ids for request in requests], work, len(self._groups))
+        shards = split_rows([request.prompt_token_ids for request in requests], work, len(self._groups))
         drawn: list[Completion | None] = [None] * len(requests)
 
         def keep(row: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
             drawn[row] = checked_completion(requests[row], ids, logprobs, params)
 
-        self._run(shares, lambda rows: _sample_line([requests[row] for row in rows], params), keep, progress)
+        self._run(shards, lambda rows: _sample_line([requests[row] for row in rows], params), keep, progress)
         return [done for done in drawn if done is not None]
-
-    def logprobs(
-        self,
-        sequences: Sequence[ScoreRequest],
-        progress: Progress = no_progress,
-        temperature: float = 1.0,
-    ) -> npt.NDArray[np.float64]:
-        """log pi(completion | prompt) in nats, [sequences]: vLLM's float32 log-softmax, summed in float64."""
-        rows = self.token_logprobs(sequences, progress, temperature)
-        return np.array([scores.sum() for scores in rows], np.float64)
 
     def token_logprobs(
         self,
-        sequences: Sequence[ScoreRequest],
+        sequences: Sequence[LogprobRequest],
         progress: Progress = no_progress,
         temperature: float = 1.0,
     ) -> list[npt.NDArray[np.float64]]:
-        """log pi(token | what is before it) of every token of every completion, in nats."""
+        """log pi(token | preceding tokens) in nats, an array for each completion; float32 log-softmax."""
         self._check_open()
-        check_scores(
+        check_logprob_requests(
             sequences,
             vocab_size=self._vocab_size,
             max_length=self._max_length,
             temperature=temperature,
             only_at_1=True,
         )
-        found = [np.zeros(len(sequence.token_ids)) for sequence in sequences]
-        asked = [row for row, sequence in enumerate(sequences) if sequence.token_ids]
-        if len(asked) < len(sequences):
-            progress(len(sequences) - len(asked))  # an empty completion asks nothing
+        logprobs = [np.zeros(len(sequence.token_ids)) for sequence in sequences]
+        rows = [row for row, sequence in enumerate(sequences) if sequence.token_ids]
+        if len(rows) < len(sequences):
+            progress(len(sequences) - len(rows))  # empty completions need no request
 
-        def keep(place: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-            found[asked[place]] = checked_scores(
-                logprobs, len(sequences[asked[place]].token_ids), asked[place]
-            )
+        def keep(place: int, ids: Sequence[int], found: Sequence[float]) -> None:
+            row = rows[place]
+            logprobs[row] = checked_logprobs(found, len(sequences[row].token_ids), row)
 
         def line(places: Sequence[int]) -> dict[str, Any]:
-            picked = [sequences[asked[place]] for place in places]
-            return {"do": "score", "rows": [[s.prompt_token_ids, s.token_ids] for s in picked]}
+            picked = [sequences[rows[place]] for place in places]
+            return {"do": "logprobs", "rows": [[s.prompt_token_ids, s.token_ids] for s in picked]}
 
-        work = [len(sequences[row].prompt_token_ids) + len(sequences[row].token_ids) for row in asked]
-        shares = deal([sequences[row].prompt_token_ids for row in asked], work, len(self._groups))
-        self._run(shares, line, keep, progress)
-        return found
+        work = [len(sequences[row].prompt_token_ids) + len(sequences[row].token_ids) for row in rows]
+        shards = split_rows([sequences[row].prompt_token_ids for row in rows], work, len(self._groups))
+        self._run(shards, line, keep, progress)
+        return logprobs
+
+    def rows_are_alone(self) -> bool:
+        """Whether rows drawn alone and among others are equal, tokens and log-probs bit for bit: a test."""
+        random = np.random.default_rng(0)
+        params = SamplingParams(1.0, 1.0, min(_TEST_TOKENS, self._max_length - 1), ())
+        longest = min(_TEST_PROMPT, self._max_length - params.max_new_tokens)
+        rows = [
+            SampleRequest("test", row, tuple(random.integers(0, self._vocab_size, length).tolist()), row)
+            for row, length in enumerate(random.integers(1, longest + 1, _TEST_ROWS))
+        ]
+        alone = [done for row in rows[:: _TEST_ROWS // 8] for done in self.sample([row], params)]
+        return self.sample(rows, params)[:: _TEST_ROWS // 8] == alone
 
     def close(self) -> None:
-        """Give the memory back; the engine is of no use afterwards."""
+        """End the child processes."""
         self._closed = True
         for process in self._processes:
             if process is not None:
@@ -147,7 +158,7 @@ class VllmEngine:
             raise EngineError("the engine is closed", remedy="make a new one")
 
     def _start(self) -> dict[str, Any]:
-        """Start the processes that do not run, together, and wait until they are ready; what they told."""
+        """Start the processes that do not run and wait for them; returns a model's facts, {} if all ran."""
         python = interpreter(self._config)
         threads = max(1, len(os.sched_getaffinity(0)) // len(self._groups))
         fresh: dict[int, VllmProcess] = {}
@@ -172,13 +183,13 @@ class VllmEngine:
 
     def _run(
         self,
-        shares: Sequence[Sequence[int]],
+        shards: Sequence[Sequence[int]],
         line: Callable[[Sequence[int]], dict[str, Any]],
         keep: Callable[[int, Sequence[int], Sequence[float]], None],
         progress: Progress,
     ) -> None:
-        """Send every engine its share of rows and hand over what comes back until all are done."""
-        busy = {number: rows for number, rows in enumerate(shares) if rows}
+        """Send every process its shard of rows, and call `keep` with each answer until all rows are done."""
+        busy = {number: rows for number, rows in enumerate(shards) if rows}
         missing = {row for rows in busy.values() for row in rows}
         if not missing:
             return
@@ -207,7 +218,7 @@ class VllmEngine:
                         f"vLLM gave no answer for {len(missing)} rows, the first {min(missing)}"
                     )
             except BaseException:
-                self._kill()  # its later rows must not be taken for those of another call
+                self._kill()  # otherwise the next call would read this call's late rows
                 raise
 
     def _kill(self) -> None:
@@ -217,29 +228,28 @@ class VllmEngine:
             self._processes[number] = None
 
 
-def deal(prompts: Sequence[tuple[int, ...]], work: Sequence[int], engines: int) -> list[list[int]]:
-    """Rows for each engine: those of one prompt together, so that it is read once, and the work balanced.
+def split_rows(prompts: Sequence[tuple[int, ...]], work: Sequence[int], engines: int) -> list[list[int]]:
+    """Lists of rows, one for each engine. Equal prompts stay together (vLLM reads them once), work is even.
 
-    prompts, work : of every row; work in any unit. Returns [engines] lists of rows.
+    prompts, work : of every row; work in any unit.
     """
-    together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
-        together[prompt].append(row)
-    groups = sorted(together.values(), key=lambda rows: (-sum(work[row] for row in rows), rows[0]))
-    shares: list[list[int]] = [[] for _ in range(engines)]
+        by_prompt[prompt].append(row)
+    groups = sorted(by_prompt.values(), key=lambda rows: (-sum(work[row] for row in rows), rows[0]))
+    shards: list[list[int]] = [[] for _ in range(engines)]
     loads = [0] * engines
     for rows in groups:
         lightest = loads.index(min(loads))
-        shares[lightest] += rows
+        shards[lightest] += rows
         loads[lightest] += sum(work[row] for row in rows)
-    return shares
+    return shards
 
 
 def _sample_line(requests: Sequence[SampleRequest], params: SamplingParams) -> dict[str, Any]:
     numbers: dict[tuple[int, ...], int] = {}
     rows = [
-        [numbers.setdefault(request.prompt_token_ids, len(numbers)), seed_of(request.seed)]
-        for request in requests
+        [numbers.setdefault(request.prompt_token_ids, len(numbers)), request.seed] for request in requests
     ]
     return {
         "do": "sample",

@@ -1,4 +1,4 @@
-"""What an evaluation reads: the same held-out rows under both policies, checked once, on construction."""
+"""The input of an evaluation: the same held-out rows under both policies, checked on construction."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from qrpo_core.errors import DataError
-from qrpo_core.records import COMPLETIONS, REWARDS, STATUSES, check_table
+from qrpo_core.common.errors import DataError
+from qrpo_core.common.schemas import COMPLETIONS, REWARDS, STATUSES, check_table
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,10 +37,10 @@ class EvaluationInput:
     before : the reference policy's rows, schema `EVALUATED`.
     after : the trained policy's rows, schema `EVALUATED_AFTER`; both log-probs at `temperature`, in float32
         arithmetic.
-    temperature, top_p : how both sides were sampled; they decide what the KL estimate estimates.
+    temperature, top_p : sampling settings of both sides; they decide whether the KL estimate is unbiased.
 
     Raises DataError for an empty table, a repeated (prompt_id, sample_index), a number that is not finite,
-    a reward without status ok or the reverse, and for sides that do not hold the same rows.
+    a reward without status ok or the reverse, and for sides with different rows.
     """
 
     before: pa.Table
@@ -59,8 +59,26 @@ class EvaluationInput:
         _same_rows(self.before, self.after)
 
 
+@dataclass(frozen=True)
+class RewardedPair:
+    """Completions of the same prompts under both policies with their rewards, without log-probs.
+
+    before, after : EVALUATED rows, checked and sorted on construction as in `EvaluationInput`.
+    """
+
+    before: pa.Table
+    after: pa.Table
+    where: str
+
+    def __post_init__(self) -> None:
+        for side in ("before", "after"):
+            table = _checked(getattr(self, side), EVALUATED, f"{self.where}, {side}")
+            object.__setattr__(self, side, table)
+        _same_rows(self.before, self.after)
+
+
 def _checked(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """Cast, sort by (prompt_id, sample_index), and refuse what no later line could notice."""
+    """The table, cast and sorted by (prompt_id, sample_index); raises DataError for a bad row."""
     table = check_table(table, schema, where)
     if not table.num_rows:
         raise DataError("no completions to evaluate", where=where, remedy="hold out at least one prompt")
@@ -92,7 +110,7 @@ def _refuse(table: pa.Table, bad: npt.NDArray[np.bool_], where: str, message: st
 
 
 def _same_rows(before: pa.Table, after: pa.Table) -> None:
-    """Both sides hold the same (prompt_id, sample_index): otherwise the comparison is not paired."""
+    """Raise DataError unless both sides have the same (prompt_id, sample_index): the comparison is paired."""
     keys = [
         set(zip(table["prompt_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
         for table in (before, after)

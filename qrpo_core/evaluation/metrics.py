@@ -1,4 +1,4 @@
-"""What the trained policy is worth: paired comparison with the reference on held-out prompts.
+"""Paired comparison of the trained policy with the reference model on held-out prompts.
 
 The unit of analysis is the prompt. Completions of one prompt are not independent of each other, so every
 interval resamples prompts, and every standard error is clustered by prompt.
@@ -15,28 +15,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qrpo_core.common.errors import DataError
+from qrpo_core.common.schemas import STATUSES, check_table
 from qrpo_core.config import EvaluationConfig
-from qrpo_core.errors import DataError
-from qrpo_core.evaluation.inputs import EVALUATED, EvaluationInput, Floats, floats, strings
+from qrpo_core.evaluation.inputs import EVALUATED, EvaluationInput, Floats, RewardedPair, floats, strings
 from qrpo_core.evaluation.results import Estimate, EvaluationResult, JudgeResult, KLEstimate, SideSummary
-from qrpo_core.records import STATUSES, check_table
 
-__all__ = [
-    "Estimate",
-    "EvaluationInput",
-    "EvaluationResult",
-    "JudgeResult",
-    "KLEstimate",
-    "PromptMeans",
-    "SideSummary",
-    "evaluate_policies",
-    "prompt_means",
-]
-
-#: Numbers that one batch of resampled prompts may hold: bounds memory (80 MB), changes no result.
+#: Numbers in one batch of resampled prompts: it bounds memory (80 MB) and changes no result.
 _BATCH = 10_000_000
 
-#: In which both log-probs of a KL estimate are computed, whatever the precision of training.
+#: The name of the arithmetic of both log-probs of a KL estimate, whatever training uses; `of_kl` asks for it.
 KL_ARITHMETIC = "float32"
 
 
@@ -70,9 +58,9 @@ def evaluate_policies(
     config: EvaluationConfig,
     judged: Mapping[str, tuple[pa.Table, pa.Table]] = MappingProxyType({}),
 ) -> EvaluationResult:
-    """Compare the trained policy with the reference, prompt by prompt.
+    """The comparison of the trained policy with the reference model, prompt by prompt.
 
-    judged : by a judge's name, `before` and `after` with its rewards (schema EVALUATED).
+    judged : `before` and `after` with the rewards of each judge, by its name (schema EVALUATED).
 
     Intervals are percentile bootstrap intervals at `config.confidence` over prompts; one seeded set of
     resampled prompts serves all of them, so the same rows in any order give the same numbers. Below some
@@ -82,8 +70,9 @@ def evaluate_policies(
     """
     means = prompt_means(data)
     difference = means.difference
-    estimates = _bootstrap(np.stack([means.before, means.after, difference, means.win]), config)
+    estimates = bootstrap(np.stack([means.before, means.after, difference, means.win]), config)
     samples = np.unique(strings(data.before, "prompt_id"), return_counts=True)[1]
+    said = {name: _judge(data, config, name, *sides) for name, sides in judged.items()}
     return EvaluationResult(
         prompts=len(means.prompt_ids),
         left_out=means.left_out,
@@ -91,8 +80,8 @@ def evaluate_policies(
         samples_max=int(samples.max()),
         confidence=config.confidence,
         resamples=config.resamples,
-        before=_side(data.before, estimates[0]),
-        after=_side(data.after, estimates[1]),
+        before=side_summary(data.before, estimates[0]),
+        after=side_summary(data.after, estimates[1]),
         difference=estimates[2],
         improved=int((difference > 0).sum()),
         unchanged=int((difference == 0).sum()),
@@ -100,14 +89,19 @@ def evaluate_policies(
         win_rate=estimates[3],
         tie_share=float(means.tie.mean()),
         kl=_kl(data),
-        judges={name: _judge(data, config, name, *sides) for name, sides in judged.items()},
+        judges={name: each for name, each in said.items() if isinstance(each, JudgeResult)},
+        silent_judges={name: each for name, each in said.items() if not isinstance(each, JudgeResult)},
     )
 
 
 def _judge(
     data: EvaluationInput, config: EvaluationConfig, name: str, before: pa.Table, after: pa.Table
-) -> JudgeResult:
-    """The comparison by another reward of the same completions; refused where they are others."""
+) -> JudgeResult | dict[str, int]:
+    """The comparison by another reward of the same completions; raises DataError for other completions.
+
+    Where no prompt has a score on both sides, the rows of `after` by status: what the policy's other numbers
+    cost to compute is not lost.
+    """
     sides = []
     for side, judged in ((data.before, before), (data.after, after)):
         judged = check_table(judged, EVALUATED, f"evaluation, judge {name}")
@@ -121,9 +115,9 @@ def _judge(
     compared = EvaluationInput(sides[0], sides[1], data.temperature, data.top_p)
     try:
         means = prompt_means(compared)
-    except DataError as error:
-        raise DataError(error.message, where=f"evaluation, judge {name}", remedy=error.remedy) from None
-    estimates = _bootstrap(np.stack([means.before, means.after, means.difference, means.win]), config)
+    except DataError:
+        return _not_ok(compared.after)
+    estimates = bootstrap(np.stack([means.before, means.after, means.difference, means.win]), config)
     return JudgeResult(
         prompts=len(means.prompt_ids),
         left_out=means.left_out,
@@ -137,7 +131,7 @@ def _judge(
     )
 
 
-def prompt_means(data: EvaluationInput) -> PromptMeans:
+def prompt_means(data: EvaluationInput | RewardedPair) -> PromptMeans:
     """Mean rewards, win and tie shares of every prompt that has an ok reward on both sides.
 
     Raises DataError when there is none.
@@ -167,8 +161,8 @@ def prompt_means(data: EvaluationInput) -> PromptMeans:
     )
 
 
-def _bootstrap(rows: Floats, config: EvaluationConfig) -> list[Estimate]:
-    """Means of (k, P) numbers over P prompts, each with its percentile interval."""
+def bootstrap(rows: Floats, config: EvaluationConfig) -> list[Estimate]:
+    """The means of (k, P) numbers over P prompts, each with its percentile interval."""
     values = rows.mean(axis=-1)
     if rows.shape[-1] < 2:
         return [Estimate(float(value), None, None) for value in values]
@@ -189,7 +183,8 @@ def _bootstrap(rows: Floats, config: EvaluationConfig) -> list[Estimate]:
     return [Estimate(float(value), float(low), float(high)) for value, low, high in ends]
 
 
-def _side(table: pa.Table, reward: Estimate) -> SideSummary:
+def side_summary(table: pa.Table, reward: Estimate) -> SideSummary:
+    """The summary of one policy's EVALUATED rows. reward : the estimate of its mean reward."""
     lengths = floats(table, "num_tokens")
     return SideSummary(
         reward=reward,
@@ -207,7 +202,7 @@ def _not_ok(table: pa.Table) -> dict[str, int]:
 
 
 def _kl(data: EvaluationInput) -> KLEstimate:
-    """KL(pi || pi_ref) from samples of pi: every completion counts, whatever its reward's status."""
+    """KL(pi || pi_ref) from samples of pi: completions without a reward count too."""
     ratio = floats(data.after, "policy_logprob") - floats(data.after, "ref_logprob")
     tokens = floats(data.after, "num_tokens")
     _, prompt = np.unique(strings(data.after, "prompt_id"), return_inverse=True)
@@ -259,7 +254,7 @@ def _clustered_ratio(
 
 
 def _ok_rewards(table: pa.Table) -> dict[str, Floats]:
-    """The ok rewards of every prompt that has some."""
+    """The ok rewards of each prompt that has any."""
     ok = table.filter(pc.equal(table["status"], "ok"))
     prompts, rewards = strings(ok, "prompt_id"), floats(ok, "reward")
     names, starts = np.unique(prompts, return_index=True)

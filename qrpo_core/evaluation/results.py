@@ -1,22 +1,18 @@
-"""What an evaluation found, as plain values that survive JSON."""
+"""The result of an evaluation as plain values, with a JSON form."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-from pydantic import TypeAdapter, ValidationError, with_config
+from pydantic import with_config
 
-from qrpo_core.errors import DataError
+from qrpo_core.evaluation.plain import PlainResult
 
 
 @with_config(extra="forbid", strict=True, allow_inf_nan=False)
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts with its bootstrap interval; None where one prompt allows none."""
+    """A mean over prompts with its bootstrap interval; None with a single prompt."""
 
     value: float
     low: float | None
@@ -31,9 +27,9 @@ class KLEstimate:
     value : mean over completions of log pi - log pi_ref.
     per_token : the same sum over all tokens of those completions.
     standard_error, per_token_standard_error : clustered by prompt; None with one prompt.
-    unbiased : whether nothing of the policy was left out in sampling (top_p 1), so that it estimates KL.
-    arithmetic : in which both log-probs were computed. temperature : of both policies.
-    note : what the number is an estimate of, in words.
+    unbiased : whether sampling used the whole policy (top_p 1), so that the value estimates KL.
+    arithmetic : of both log-probs. temperature : of both policies.
+    note : the meaning of the number, for readers.
     """
 
     value: float
@@ -52,7 +48,7 @@ class SideSummary:
     """One policy on the held-out prompts.
 
     reward : mean over compared prompts of the prompt's mean reward.
-    completions : rows, whatever their status; lengths (tokens) and truncation_rate are over all of them.
+    completions : rows of any status; lengths (tokens) and truncation_rate are over all of them.
     not_ok : rows of every status but ok, zeros included.
     """
 
@@ -67,7 +63,7 @@ class SideSummary:
 @with_config(extra="forbid", strict=True, allow_inf_nan=False)
 @dataclass(frozen=True)
 class JudgeResult:
-    """The same completions by a judge that training never saw; fields as in `EvaluationResult`.
+    """The same completions by a judge that was not the reward of training; fields as in `EvaluationResult`.
 
     not_ok_before, not_ok_after : rows of every status but ok, zeros included.
     """
@@ -85,8 +81,8 @@ class JudgeResult:
 
 @with_config(extra="forbid", strict=True, allow_inf_nan=False)
 @dataclass(frozen=True)
-class EvaluationResult:
-    """The comparison, JSON-able.
+class EvaluationResult(PlainResult):
+    """The comparison of two policies.
 
     prompts : prompts compared, those with an ok reward on both sides; left_out counts the others.
     difference : mean over prompts of (mean reward after - mean reward before), paired.
@@ -94,8 +90,11 @@ class EvaluationResult:
     win_rate : mean over prompts of the share of (after, before) pairs with after > before, ties one half.
     tie_share : mean over prompts of the share of pairs that tie.
     samples_min, samples_max : completions a prompt, each side.
-    judges : what each judge says of the same completions, by its name.
+    judges : the comparison by each judge, by its name. silent_judges : those without a score on both sides of
+        any prompt, each with the trained policy's rows by status.
     """
+
+    what, remedy = "an evaluation result", "evaluate again"
 
     prompts: int
     left_out: dict[str, int]
@@ -113,20 +112,4 @@ class EvaluationResult:
     tie_share: float
     kl: KLEstimate
     judges: dict[str, JudgeResult]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and numbers, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any], where: str | None = None) -> EvaluationResult:
-        """The inverse of `to_dict`; a missing, unknown or mistyped field is a DataError that names it."""
-        try:
-            # Through JSON: pydantic's strict mode takes a mapping for a dataclass only from there.
-            return TypeAdapter(cls).validate_json(json.dumps(dict(value)))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise DataError(
-                f"not an evaluation result: {key}: {first['msg']}", where=where, remedy="evaluate again"
-            ) from None
+    silent_judges: dict[str, dict[str, int]] = field(default_factory=dict)

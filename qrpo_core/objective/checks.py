@@ -1,4 +1,4 @@
-"""What every part of the objective refuses: NaN or infinite numbers, beta <= 0, arrays of unequal length."""
+"""Checks of arguments: finite rewards, integer codes, equal lengths, beta > 0, quantiles in [0, 1]."""
 
 from __future__ import annotations
 
@@ -7,52 +7,49 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qrpo_core.errors import ObjectiveError
+from qrpo_core.common.errors import ObjectiveError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-SHOWN = 5
-"""Offending rows, prompts or ids that a message lists; the rest are counted."""
+_SHOWN = 5
 
 
 def listed(values: Sequence[object] | NDArray[np.generic]) -> str:
-    """The first offenders as text, and how many more there are."""
-    shown = ", ".join(str(value) for value in values[:SHOWN])
-    more = len(values) - SHOWN
+    """The first five values as text, and how many more there are."""
+    shown = ", ".join(str(value) for value in values[:_SHOWN])
+    more = len(values) - _SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def row_names(rows: NDArray[np.int64], ids: Sequence[str] | None) -> list[str]:
+    """Rows as a message names them, with their ids where these are given."""
+    return [f"row {row}" if ids is None else f"row {row} = {ids[row]}" for row in rows.tolist()]
 
 
 def finite_rewards(
     rewards: ArrayLike, *, what: str = "rewards", ids: Sequence[str] | None = None
 ) -> FloatArray:
-    """Rewards as a float64 vector; a NaN or infinite one is refused with its row (and id).
+    """Rewards as a float64 vector; raises ObjectiveError with the rows (and ids) of NaN or infinite ones.
 
-    A comparison with NaN is quietly False, so one NaN would become the quantile 0 (method.md section 8).
+    A comparison with NaN is quietly False, so one NaN would become the quantile 0 (docs/reference/method.md,
+    section 8).
     """
-    array = vector(rewards, what=what)
+    array = np.asarray(rewards, dtype=np.float64)
+    if array.ndim != 1:
+        raise ObjectiveError(f"{what} must be one-dimensional, got shape {array.shape}")
     if ids is not None and len(ids) != len(array):
         raise ObjectiveError(
             f"{what} has {len(array)} rows and ids has {len(ids)}", remedy="give one id for each row"
         )
-    good = np.isfinite(array)
-    if not good.all():
-        rows = np.flatnonzero(~good)
-        names = [f"row {row}" if ids is None else f"row {row} = {ids[row]}" for row in rows[: SHOWN + 1]]
-        values = [f"{name}: {array[row]}" for name, row in zip(names, rows, strict=False)]
+    rows = np.flatnonzero(~np.isfinite(array))
+    if len(rows):
+        names = row_names(rows, ids)
         raise ObjectiveError(
             f"{len(rows)} of {len(array)} {what} are NaN or infinite",
-            where=listed(values[:SHOWN]) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""),
+            where=listed([f"{name}: {value}" for name, value in zip(names, array[rows], strict=True)]),
             remedy="annotate these rows again, or leave them out by their status before ranking",
         )
-    return array
-
-
-def vector(values: ArrayLike, *, what: str) -> FloatArray:
-    """A one-dimensional float64 array, or an error that names it."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise ObjectiveError(f"{what} must be one-dimensional, got shape {array.shape}")
     return array
 
 
@@ -69,7 +66,7 @@ def integers(values: ArrayLike, *, what: str) -> IntArray:
 
 
 def same_length(**arrays: NDArray[np.generic] | None) -> int:
-    """The common length of the arrays that are given (not None); unequal lengths are refused."""
+    """The common length of the arrays that are not None; unequal lengths are refused."""
     lengths = {name: len(array) for name, array in arrays.items() if array is not None}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
@@ -84,7 +81,7 @@ def positive_beta(beta: ArrayLike) -> FloatArray:
     if bad.any():
         raise ObjectiveError(
             f"beta must be finite and > 0, got {listed(array[bad].ravel())}",
-            remedy="published settings lie between 3e-4 and 0.1 (method.md section 7)",
+            remedy="published settings lie between 3e-4 and 0.1 (docs/reference/method.md, section 7)",
         )
     return array
 

@@ -1,29 +1,25 @@
-"""The objectives: tensors in, one value per example out. They know nothing of batches, devices or config.
+"""Losses: functions of tensors that return one value per example.
 
 Log-probs are sums over completion tokens in nats ([batch], float32 at least); beta in reward units per nat.
-Equations: method.md sections 1 (QRPO) and 6 (baselines). QRPO: Matrenok, Moalla, Gulcehre 2025,
-arXiv 2507.08068. Gradients flow wherever an argument requires them: pass reference log-probs and targets as
-constants.
+Equations: docs/reference/method.md, sections 1 (QRPO), 6 (baselines) and 9 (TUP, A*-PO). QRPO: Matrenok,
+Moalla, Gulcehre 2025, arXiv 2507.08068. Gradients flow wherever an argument requires them: pass reference
+log-probs and targets as constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from qrpo_core.errors import ObjectiveError
-
-Reduction = Literal["squared", "absolute"]
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+from qrpo_core.common.errors import ObjectiveError
 
 
 def qrpo_residual(
     policy_logprob: Tensor, ref_logprob: Tensor, target: Tensor, beta: float | Tensor
 ) -> Tensor:
-    """target - beta log(pi/pi_ref): what QRPO drives to zero, in reward units (method.md section 1).
+    """target - beta log(pi/pi_ref), the residual of QRPO in reward units.
+
+    Source: docs/reference/method.md, section 1.
 
     Parameters
     ----------
@@ -53,27 +49,39 @@ def qrpo_absolute_loss(
     return qrpo_residual(policy_logprob, ref_logprob, target, beta).abs()
 
 
-_QRPO_LOSSES: dict[Reduction, Callable[[Tensor, Tensor, Tensor, float | Tensor], Tensor]] = {
-    "squared": qrpo_squared_loss,
-    "absolute": qrpo_absolute_loss,
-}
-
-
-def qrpo_loss(
+def tup_loss(
     policy_logprob: Tensor,
     ref_logprob: Tensor,
-    target: Tensor,
+    label: Tensor,
+    log_partition: Tensor,
     beta: float | Tensor,
-    reduction: Reduction = "squared",
 ) -> Tensor:
-    """The QRPO loss by the name of its reduction of the residual: "squared" or "absolute".
+    """-l log p - (1 - l) log(1 - p) with p = sigmoid( beta log(pi/pi_ref) + beta log Z ): TUP.
 
-    Arguments as `qrpo_residual`; returns [batch]. The gradient in log pi is -2 beta residual ("squared") or
-    -beta sign(residual) ("absolute").
+    Source: arXiv 2608.19748; docs/reference/method.md, section 9. The derivative in log pi is beta (p - l),
+    so it is least where pi/pi_ref = (l/(1 - l))^(1/beta)/Z, with the entropy of l; for l = 0 it falls without
+    end.
+
+    Parameters
+    ----------
+    policy_logprob, ref_logprob : [batch] log pi(y|x), log pi_ref(y|x).
+    label : [batch] max(R_q - lambda, 0), in [0, 1).
+    log_partition : [batch] log Z of ( l/(1 - l) )^(1/beta), nats.
+    beta : a number, or [batch].
+
+    Returns
+    -------
+    [batch], nats.
     """
-    if reduction not in _QRPO_LOSSES:
-        raise ObjectiveError(f"unknown reduction {reduction!r}", remedy=f"one of {', '.join(REDUCTIONS)}")
-    return _QRPO_LOSSES[reduction](policy_logprob, ref_logprob, target, beta)
+    _check_vectors(
+        policy_logprob=policy_logprob,
+        ref_logprob=ref_logprob,
+        label=label,
+        log_partition=log_partition,
+        beta=beta,
+    )
+    log_odds = beta * (policy_logprob - ref_logprob + log_partition)
+    return F.softplus(log_odds) - label * log_odds
 
 
 def dpo_loss(
@@ -143,7 +151,7 @@ def rebel_loss(
     """( (r_w - r_l)/beta - (D_w - D_l) )^2 with raw rewards (Gao et al. 2024, REBEL, Algorithm 1).
 
     All tensors [batch]; returns [batch], in nats squared. With eta = 1/beta it is eta^2
-    times the square written there. Which of the two is called chosen does not matter.
+    times the square written there. Swapping chosen and rejected does not change it.
     """
     _check_vectors(
         policy_chosen=policy_chosen,
@@ -168,13 +176,13 @@ def sft_loss(policy_logprob: Tensor) -> Tensor:
 
 
 def divide_by_length(loss: Tensor, lengths: Tensor) -> Tensor:
-    """loss/|y|: the length-normalised variant of any loss here (method.md section 5). Both [batch]."""
+    """loss/|y|, a loss a token (docs/reference/method.md, section 5). Both [batch]."""
     _check_vectors(loss=loss, lengths=lengths)
     return loss / lengths
 
 
 def _check_vectors(**tensors: Tensor | float) -> None:
-    """Refuse anything but [batch]: a [batch, 1] operand would broadcast to [batch, batch] in silence."""
+    """Raise ObjectiveError unless all are [batch]: a [batch, 1] operand would broadcast to [batch, batch]."""
     shapes = {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
     if "beta" in tensors:
         _check_beta(tensors["beta"])
@@ -189,18 +197,3 @@ def _check_beta(beta: float | Tensor) -> None:
     # A tensor's values are not read here: on a GPU that would wait for the device at every step.
     if not isinstance(beta, Tensor) and not beta > 0:
         raise ObjectiveError(f"beta must be > 0, got {beta}")
-
-
-__all__ = [
-    "REDUCTIONS",
-    "Reduction",
-    "divide_by_length",
-    "dpo_loss",
-    "qrpo_absolute_loss",
-    "qrpo_loss",
-    "qrpo_residual",
-    "qrpo_squared_loss",
-    "rebel_loss",
-    "sft_loss",
-    "simpo_loss",
-]

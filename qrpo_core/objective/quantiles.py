@@ -1,9 +1,8 @@
-"""Rank counts and quantile rewards: how a completion's reward stands among the reference policy's
-(method.md 1, 3).
+"""Rank counts and quantile rewards: a completion's rank among reference completions.
 
-The quantile reward of the QRPO paper (section 1 of method.md) is R_q = P_ref(R' <= R), estimated from n
-reference completions. What is stored are three integers for each sample, below, equal and n; every
-convention, interval and target derives from them. "Weak" is the paper's (<=).
+Source: docs/reference/method.md, sections 1 and 3. The quantile reward of the QRPO paper is R_q = P_ref(R' <=
+R), estimated from n reference completions. The store keeps three integers for each sample, below, equal and
+n; quantiles, intervals and targets derive from them.
 """
 
 from __future__ import annotations
@@ -15,21 +14,28 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qrpo_core.errors import ObjectiveError
-from qrpo_core.objective.checks import FloatArray, IntArray, finite_rewards, integers, listed, same_length
+from qrpo_core.common.errors import ObjectiveError
+from qrpo_core.objective.checks import (
+    FloatArray,
+    IntArray,
+    finite_rewards,
+    integers,
+    listed,
+    row_names,
+    same_length,
+)
 from qrpo_core.objective.references import equal_blocks, group_by_prompt, sort_references
-from qrpo_core.objective.special import uniform_from_seed
 
-Convention = Literal["weak", "mid", "strict", "randomized"]
-CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
+TieMethod = Literal["weak", "mid", "strict", "randomized"]
+TIE_METHODS: tuple[TieMethod, ...] = get_args(TieMethod)
 
 
 @dataclass(frozen=True, eq=False)
 class RankCounts:
-    """Where samples stand among their references: int64 columns of equal length.
+    """Ranks of samples among their references: int64 columns of equal length.
 
-    below : references with a smaller reward. equal : references with the same reward (the sample itself,
-    when it is one of them, is not counted). n : references compared with, >= 1.
+    below : references with a smaller reward. equal : references with the same reward; the sample itself
+    does not count. n : references compared with, >= 1.
     """
 
     below: IntArray
@@ -64,10 +70,10 @@ def rank_counts(
     ----------
     rewards : [samples].
     reference_rewards : [references].
-    in_pool : whether each sample is itself one of the references; it is then left out of them, so equal and n
+    in_pool : whether each sample is itself one of the references. It is then left out of them, so equal and n
         are one less. That removes the bias E[estimate] = R_q + (1 - R_q)/n of a sample inside its own
-        references (method.md section 3.2), unless the sample was selected by its rank: then take references
-        from outside the selection pool.
+        references (docs/reference/method.md, section 3.2), except for a sample selected by its rank: take
+        references from outside the selection pool there.
     ids : names of the samples, for messages.
 
     Raises
@@ -132,8 +138,7 @@ def rank_counts_table(
 def leave_one_out_counts(reference_prompt: ArrayLike, reference_rewards: ArrayLike) -> RankCounts:
     """Rank counts of every reference among the others of its prompt, aligned with the references.
 
-    The same numbers as `rank_counts_table(p, r, p, r, in_pool=True)` by counting runs of equal rewards
-    instead of searching: what the empirical normaliser needs of a whole table (method.md section 3.4).
+    Equals `rank_counts_table(p, r, p, r, in_pool=True)`, by counting runs of equal rewards.
 
     Raises
     ------
@@ -167,13 +172,8 @@ def _run_ends(ascending: FloatArray) -> tuple[IntArray, IntArray]:
     return np.maximum.accumulate(first, axis=1), np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
 
 
-def has_ties(reference_prompt: ArrayLike, reference_rewards: ArrayLike) -> bool:
-    """Whether any two references of one prompt have the same reward."""
-    return tie_rate(reference_prompt, reference_rewards) > 0.0
-
-
 def tie_rate(reference_prompt: ArrayLike, reference_rewards: ArrayLike) -> float:
-    """Share of the references whose reward another reference of the same prompt has, too."""
+    """Share of the references whose reward another reference of the same prompt has too."""
     return float(sort_references(reference_prompt, reference_rewards).tied().mean())
 
 
@@ -181,41 +181,41 @@ def quantile(
     below: ArrayLike,
     equal: ArrayLike,
     n: ArrayLike,
-    convention: Convention,
+    tie_method: TieMethod,
     seeds: NDArray[np.uint64] | None = None,
 ) -> FloatArray:
     """The quantile reward, in [0, 1], from rank counts.
 
     weak (below + equal)/n, the paper's; mid (below + equal/2)/n; strict below/n; randomized (below + U
-    equal)/n with U in (0, 1) a function of the sample's seed. Without ties all four agree. Each has its own
-    partition function when there are ties (method.md section 3.3).
+    equal)/n with U in (0, 1) a function of the sample's seed. Without ties all four agree. With
+    ties each has its own partition function (docs/reference/method.md, section 3.3).
 
     Parameters
     ----------
     below, equal, n : [samples] integers.
-    seeds : [samples] uint64 derived from the samples' ids by the caller; read by "randomized" only.
+    seeds : [samples] uint64, from the ids of the samples; for "randomized" only.
 
     Raises
     ------
-    ObjectiveError : unknown convention, randomized without seeds, counts that cannot be.
+    ObjectiveError : unknown tie method, randomized without seeds, impossible counts.
     """
     counts = RankCounts(*(np.atleast_1d(np.asarray(column)) for column in (below, equal, n)))
-    if convention == "weak":
+    if tie_method == "weak":
         return (counts.below + counts.equal) / counts.n
-    if convention == "mid":
+    if tie_method == "mid":
         return (counts.below + 0.5 * counts.equal) / counts.n
-    if convention == "strict":
+    if tie_method == "strict":
         return counts.below / counts.n
-    if convention == "randomized":
+    if tie_method == "randomized":
         return (counts.below + _uniforms(seeds, len(counts)) * counts.equal) / counts.n
-    raise ObjectiveError(f"unknown convention {convention!r}", remedy=f"one of {', '.join(CONVENTIONS)}")
+    raise ObjectiveError(f"unknown tie method {tie_method!r}", remedy=f"one of {', '.join(TIE_METHODS)}")
 
 
 def exchangeable_quantile(counts: RankCounts, seeds: NDArray[np.uint64]) -> FloatArray:
     """(below + U (equal + 1))/(n + 1): exactly uniform on (0, 1) if sample and references are exchangeable.
 
-    True at every n and with ties (the sample is put at random among the n + 1), so a test of uniformity is
-    not misled by the grid k/n. For diagnostics, not for targets: it is not the quantile of any convention.
+    This holds at every n and with ties, so the grid k/n does not mislead a test of uniformity. For
+    diagnostics, not for targets: it is not the quantile of any tie method.
     """
     return (counts.below + _uniforms(seeds, len(counts)) * (counts.equal + 1)) / (counts.n + 1)
 
@@ -231,7 +231,7 @@ def quantile_interval(
 
     Raises
     ------
-    ObjectiveError : level outside (0, 1), counts that cannot be.
+    ObjectiveError : level outside (0, 1), impossible counts.
     """
     from scipy.special import betaincinv
 
@@ -248,7 +248,7 @@ def quantile_interval(
 def _uniforms(seeds: NDArray[np.uint64] | None, rows: int) -> FloatArray:
     if seeds is None:
         raise ObjectiveError(
-            "the randomized convention needs a seed for each sample",
+            "the randomized tie method needs a seed for each sample",
             remedy="derive uint64 seeds from the sample ids",
         )
     array = np.atleast_1d(np.asarray(seeds))
@@ -257,22 +257,34 @@ def _uniforms(seeds: NDArray[np.uint64] | None, rows: int) -> FloatArray:
     return uniform_from_seed(array.astype(np.uint64))
 
 
+def uniform_from_seed(seeds: NDArray[np.uint64]) -> FloatArray:
+    """A number in the open interval (0, 1) for each 64-bit seed, by the finaliser of splitmix64.
+
+    Equal seeds give equal numbers on every machine, without the state of a generator.
+    """
+    mixed = np.atleast_1d(np.asarray(seeds)).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    # 52 bits and a half step: neither 0 nor 1 can come out.
+    return ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
 def _no_reference(codes: IntArray) -> ObjectiveError:
     distinct = np.unique(codes)
     return ObjectiveError(
         f"{len(distinct)} prompts have no reference to compare with (n = 0)",
         where=f"prompt codes {listed(distinct)}",
-        remedy="draw references for them; a sample that is its prompt's only reference cannot be ranked, "
-        "because leaving it out leaves none and counting it gives the quantile 1 whatever its reward",
+        remedy="draw references for them; the only reference of a prompt cannot be ranked: leaving it out "
+        "leaves none, and counting it gives the quantile 1 whatever its reward",
     )
 
 
 def _check_in_pool(missing: NDArray[np.bool_], ids: Sequence[str] | None) -> None:
     rows = np.flatnonzero(missing)
     if len(rows):
-        names = [f"row {row}" if ids is None else f"row {row} = {ids[row]}" for row in rows.tolist()]
         raise ObjectiveError(
-            f"{len(rows)} samples are said to be among their references, but no reference has their reward",
-            where=listed(names),
+            f"in_pool says that {len(rows)} samples are references, but no reference has their reward",
+            where=listed(row_names(rows, ids)),
             remedy="pass in_pool = False for samples that are not references",
         )

@@ -1,4 +1,4 @@
-"""A table of reference rewards, grouped by prompt and sorted within: what ranks are counted against."""
+"""Reference rewards, grouped by prompt and sorted within each prompt; ranks are counted against them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qrpo_core.errors import ObjectiveError
-from qrpo_core.objective.checks import FloatArray, IntArray, finite_rewards, integers, same_length
+from qrpo_core.common.errors import ObjectiveError
+from qrpo_core.objective.checks import FloatArray, IntArray, finite_rewards, integers, listed, same_length
 
 CHUNK = 1 << 20
-"""Rows worked on at a time: temporary arrays stay at 8 MB each whatever the size of the table."""
+"""Rows in work at a time: temporary arrays have 8 MB each at any size of the table."""
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Rows of a table gathered by prompt code.
+    """The rows of a table, grouped by prompt code.
 
     codes [prompts], ascending and distinct; offsets [prompts + 1]; order [rows]: the rows of prompt p are
-    order[offsets[p] : offsets[p + 1]], in table order. order is None when the table is already in that order.
+    order[offsets[p] : offsets[p + 1]], in table order. order is None if the table is in that order already.
     """
 
     codes: IntArray
@@ -37,7 +37,7 @@ class Groups:
         return values.copy() if self.order is None else values[self.order]
 
     def position(self, prompt: IntArray) -> IntArray:
-        """For each prompt code its index into `codes`, or -1 where the code is not among them."""
+        """The index of each prompt code in `codes`, or -1 for an unknown code."""
         low, high = int(self.codes[0]), int(self.codes[-1])
         if high - low < 4 * len(self.codes) + 1024:
             table = np.full(high - low + 1, -1, dtype=np.int64)
@@ -49,9 +49,9 @@ class Groups:
 
 
 def group_by_prompt(prompt: ArrayLike) -> Groups:
-    """Group the rows of a table by integer prompt code, in any order and with gaps.
+    """The rows of a table, grouped by integer prompt code; codes in any order and with gaps.
 
-    A stable sort written as one sort of the integers code * rows + row: five times as fast as numpy's stable
+    The stable sort is one sort of the integers code * rows + row: five times as fast as numpy's stable
     argsort, and with 8 bytes a row instead of 16.
     """
     codes = integers(prompt, what="prompt codes")
@@ -79,6 +79,17 @@ def group_by_prompt(prompt: ArrayLike) -> Groups:
     return Groups(used + low if distinct is None else distinct, offsets, order)
 
 
+def known_positions(groups: Groups, prompt: IntArray) -> IntArray:
+    """The index of each prompt code in `groups.codes`; raises ObjectiveError, naming unknown codes."""
+    where = groups.position(prompt)
+    if (where < 0).any():
+        raise ObjectiveError(
+            "samples of prompts without references",
+            where=f"prompt codes {listed(np.unique(prompt[where < 0]))}",
+        )
+    return where
+
+
 def _ascending(codes: IntArray) -> bool:
     return bool((codes[1:] >= codes[:-1]).all())
 
@@ -91,7 +102,7 @@ class SortedReferences:
     rewards: FloatArray
 
     def tied(self) -> NDArray[np.bool_]:
-        """[rows], in sorted order: whether the reward equals another reference's of the same prompt."""
+        """Whether each reward equals another one of its prompt, [rows] in sorted order."""
         equal = self.rewards[1:] == self.rewards[:-1]
         equal[self.groups.offsets[1:-1] - 1] = False  # neighbours of two prompts
         out = np.zeros(len(self.rewards), dtype=bool)
@@ -100,14 +111,14 @@ class SortedReferences:
         return out
 
     def count(self, prompt_index: IntArray, rewards: FloatArray) -> tuple[IntArray, IntArray]:
-        """(below, equal): how many references of its prompt are below each reward, and how many equal it."""
+        """(below, equal): the numbers of references of the prompt below each reward, and equal to it."""
         below, equal = np.empty(len(rewards), dtype=np.int64), np.zeros(len(rewards), dtype=np.int64)
         for start in range(0, len(rewards), CHUNK):
             part = slice(start, start + CHUNK)
             low, high = self.groups.offsets[prompt_index[part]], self.groups.offsets[prompt_index[part] + 1]
             at = self._search(low, high, rewards[part], np.less)
             below[part] = at - low
-            # Most rewards equal no reference: search for the end of the run only where one begins.
+            # Most rewards equal no reference: only the others search for the end of a run.
             hit = np.flatnonzero(
                 (at < high) & (self.rewards[np.minimum(at, len(self.rewards) - 1)] == rewards[part])
             )
@@ -116,9 +127,9 @@ class SortedReferences:
         return below, equal
 
     def _search(self, low: IntArray, high: IntArray, rewards: FloatArray, before: np.ufunc) -> IntArray:
-        """First row in [low, high) whose reward is not `before` the given one, or high.
+        """The first row in [low, high) whose reward is not `before` the given one, or high.
 
-        `numpy.searchsorted` for ragged segments: all rows take a step of their own binary search together.
+        `numpy.searchsorted` for ragged segments: the binary searches of all rows advance together.
         """
         low, high = low.copy(), high.copy()
         last = len(self.rewards) - 1
@@ -131,7 +142,7 @@ class SortedReferences:
 
 
 def sort_references(reference_prompt: ArrayLike, reference_rewards: ArrayLike) -> SortedReferences:
-    """Group and sort a table of reference rewards, ragged and in any order.
+    """The references of a table, grouped and sorted; the table may be ragged and in any order.
 
     Parameters
     ----------
@@ -154,7 +165,7 @@ def sort_references(reference_prompt: ArrayLike, reference_rewards: ArrayLike) -
 
 
 def equal_blocks(groups: Groups) -> Iterator[IntArray]:
-    """Index blocks [prompts, n] into the grouped rows: prompts of one n are worked on together."""
+    """Index blocks [prompts, n] into the grouped rows; each holds prompts of one n."""
     counts = groups.counts
     by_count = np.argsort(counts, kind="stable")
     edges = np.flatnonzero(np.diff(counts[by_count])) + 1

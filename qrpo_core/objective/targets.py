@@ -2,8 +2,8 @@
 
     target = f(R_q) - beta log Z        reward units; target/beta = the log-ratio log pi/pi_ref, in nats
 
-The target of the QRPO paper's loss (arXiv 2507.08068; method.md section 1), with the normaliser log Z
-as an explicit choice that must fit the convention (section 3).
+The target of the QRPO paper's loss (arXiv 2507.08068; docs/reference/method.md, section 1), with the
+normaliser log Z as an explicit choice that must fit the tie method (section 3). Scaling and caps: section 5.
 """
 
 from __future__ import annotations
@@ -14,39 +14,30 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qrpo_core.errors import ObjectiveError
+from qrpo_core.common.errors import ObjectiveError
 from qrpo_core.objective.checks import FloatArray, integers, positive_beta, same_length
 from qrpo_core.objective.normalisers import (
-    NORMALISERS,
     TIE_TOLERANCE,
     Normaliser,
     check_minimum,
+    choose_normaliser,
     log_partition_parts,
     references_of,
     required,
-    resolve,
 )
-from qrpo_core.objective.quantiles import Convention, RankCounts, has_ties, leave_one_out_counts, quantile
-from qrpo_core.objective.transform_base import RewardTransform
-
-__all__ = [
-    "NORMALISERS",
-    "CalibratedTargets",
-    "Normaliser",
-    "calibrated_targets",
-    "has_ties",
-    "reference_targets",
-]
+from qrpo_core.objective.quantiles import RankCounts, TieMethod, leave_one_out_counts, quantile
+from qrpo_core.objective.transforms import RewardTransform
 
 
 @dataclass(frozen=True, eq=False)
 class CalibratedTargets:
-    """Targets of a table of samples; float64 columns [samples] and what they were made with.
+    """Targets of a table of samples: float64 columns [samples], and the choices behind them.
 
     quantile : R_q in [0, 1]. transformed : f(R_q), reward units. beta : KL strength of each sample (reward
     units per nat; beta/length where lengths were given). log_partition : log Z in nats.
     target : f(R_q) - beta log Z, reward units.
-    normaliser : the one used (`auto` resolved). beta_max_bound : samples whose beta was cut to beta_max.
+    normaliser : population, tie_aware, finite or empirical. beta_max_bound : samples with beta cut to
+    beta_max.
     """
 
     quantile: FloatArray
@@ -54,7 +45,7 @@ class CalibratedTargets:
     beta: FloatArray
     log_partition: FloatArray
     target: FloatArray
-    convention: Convention
+    tie_method: TieMethod
     normaliser: Normaliser
     beta_max_bound: int
 
@@ -77,7 +68,7 @@ def calibrated_targets(
     *,
     transform: RewardTransform,
     beta: ArrayLike,
-    convention: Convention = "weak",
+    tie_method: TieMethod = "weak",
     normaliser: Normaliser | Literal["auto"] = "auto",
     prompt: ArrayLike | None = None,
     reference_prompt: ArrayLike | None = None,
@@ -88,39 +79,39 @@ def calibrated_targets(
     beta_max: float | None = None,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> CalibratedTargets:
-    """Calibrated targets f(R_q) - beta log Z of the samples behind `counts` (method.md sections 1, 3, 5).
+    """Calibrated targets f(R_q) - beta log Z of the samples behind `counts`.
 
     Parameters
     ----------
     counts : rank counts of the samples.
     transform : f. With parameters that vary by prompt, `prompt` codes are indices into them.
     beta : KL strength, > 0; a number or [samples].
-    convention : weak (the paper's), mid, strict or randomized; see `quantile`.
-    normaliser : population (the paper's), finite, empirical or auto; see the `normalisers` module.
-    prompt : [samples] integer codes; for `empirical` and for transforms that vary by prompt.
-    reference_prompt, reference_rewards : [references]; for `empirical` and `auto`, and to measure ties.
+    tie_method : weak (the paper's), mid, strict or randomized; see `quantile`.
+    normaliser : population (the paper's), tie_aware, finite, empirical or auto; see normalisers.py.
+    prompt : [samples] integer codes; for `tie_aware`, `empirical` and transforms that vary by prompt.
+    reference_prompt, reference_rewards : [references] of the whole data set; they decide what ties.
     seeds, reference_seeds : uint64 [samples], [references]; for `randomized`.
-    lengths : [samples] completion tokens in the loss. Given, beta is divided by them, also in log Z.
-    beta_max : largest beta/length, if any; how often it binds is counted.
-    tie_tolerance : tied share of references above which a normaliser that ties break is refused; 1 never.
+    lengths : [samples] completion tokens in the loss. With them beta is divided by length, also in log Z.
+    beta_max : largest beta/length, if any; the result counts how often it binds.
+    tie_tolerance : share of tied references above which a normaliser that ties break is refused; 1 never.
 
     Raises
     ------
-    ObjectiveError : a convention that does not fit the normaliser, fewer references than transform or
-        normaliser need (prompts named), NaN rewards, beta <= 0, unequal lengths, missing arguments.
+    ObjectiveError : a tie method that does not fit the normaliser, too few references (prompts named), NaN
+        rewards, beta <= 0, unequal lengths, missing arguments.
     """
     codes = None if prompt is None else integers(prompt, what="prompt codes")
     rows = same_length(counts=counts.n, prompt=codes)
     betas, bound = _betas(beta, lengths, beta_max, rows)
     references = references_of(reference_prompt, reference_rewards, reference_seeds)
     check_minimum(transform, counts.n, codes, "references")
-    chosen = resolve(normaliser, convention, references, counts, tie_tolerance)
+    chosen = choose_normaliser(normaliser, tie_method, references, counts, tie_tolerance)
     here = transform
     if transform.varies_by_prompt:
         here = transform.at(required(codes, "prompt", "a transform that varies by prompt"))
-    q = quantile(counts.below, counts.equal, counts.n, convention, seeds)
+    q = quantile(counts.below, counts.equal, counts.n, tie_method, seeds)
     transformed = here.apply(q, counts.n)
-    top, rest = log_partition_parts(chosen, transform, betas, convention, counts.n, codes, references)
+    top, rest = log_partition_parts(chosen, transform, betas, tie_method, counts.n, codes, references)
     return CalibratedTargets(
         quantile=q,
         transformed=transformed,
@@ -128,7 +119,7 @@ def calibrated_targets(
         log_partition=top / betas + rest,
         # In this order equal rewards give (f - f) - beta * 0: exactly 0, not rounding noise.
         target=(transformed - top) - betas * rest,
-        convention=convention,
+        tie_method=tie_method,
         normaliser=chosen,
         beta_max_bound=bound,
     )
@@ -140,22 +131,22 @@ def reference_targets(
     *,
     transform: RewardTransform,
     beta: ArrayLike,
-    convention: Convention = "weak",
+    tie_method: TieMethod = "weak",
     normaliser: Normaliser | Literal["auto"] = "auto",
     reference_seeds: NDArray[np.uint64] | None = None,
     lengths: ArrayLike | None = None,
     beta_max: float | None = None,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> CalibratedTargets:
-    """The targets that the references themselves would get, each left out of its own ranking.
+    """The targets of the references themselves, each left out of its own ranking.
 
-    What `normalization_check` is run on. Arguments and errors as `calibrated_targets`; lengths [references].
+    The input of `normalization_check`. Arguments and errors as `calibrated_targets`; lengths [references].
     """
     return calibrated_targets(
         leave_one_out_counts(reference_prompt, reference_rewards),
         transform=transform,
         beta=beta,
-        convention=convention,
+        tie_method=tie_method,
         normaliser=normaliser,
         prompt=reference_prompt,
         reference_prompt=reference_prompt,
@@ -171,7 +162,7 @@ def reference_targets(
 def _betas(
     beta: ArrayLike, lengths: ArrayLike | None, beta_max: float | None, rows: int
 ) -> tuple[FloatArray, int]:
-    """Each sample's beta, and how many of them beta_max cuts (method.md section 5)."""
+    """The beta of each sample, and how many of them beta_max cuts (docs/reference/method.md, section 5)."""
     given = positive_beta(beta)
     if given.ndim and given.shape != (rows,):
         raise ObjectiveError(f"beta has shape {given.shape}, there are {rows} samples")

@@ -1,4 +1,4 @@
-"""Reward transforms f, each in one value with its own population partition function (method.md section 2).
+"""Reward transforms f, each with its own population partition function (docs/reference/method.md, section 2).
 
 Source: Matrenok, Moalla, Gulcehre 2025, "Quantile Reward Policy Optimization: Alignment with Pointwise
 Regression and Exact Partition Functions" (arXiv 2507.08068), "the QRPO paper" below. With R_q uniform on
@@ -8,20 +8,125 @@ constant that depends on f and beta only. All logs are natural; log Z is in nats
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from qrpo_core.errors import ObjectiveError
-from qrpo_core.objective.checks import FloatArray, listed
+from qrpo_core.common.errors import ObjectiveError
+from qrpo_core.objective.checks import FloatArray, listed, positive_beta, quantiles_in_range
 from qrpo_core.objective.quadrature import quadrature_log_partition
-from qrpo_core.objective.special import log_kummer
-from qrpo_core.objective.transform_base import RewardTransform
+from qrpo_core.objective.stretches import identity_log_mean, log_log_mean, normal_log_mean, power_log_mean
 
-__all__ = ["TRANSFORM_NAMES", "RewardTransform", "get_transform"]
+
+@dataclass(frozen=True, eq=False)
+class RewardTransform(ABC):
+    """A non-decreasing f on [0, 1] with its log partition."""
+
+    name: ClassVar[str]
+    min_references: ClassVar[int] = 1
+    """Fewest references a prompt with which the transform still carries a signal."""
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The transform's parameters by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    @abstractmethod
+    def bounds(self) -> tuple[float, float]:
+        """(f(0), f(1)); either may be infinite."""
+
+    def apply(self, q: ArrayLike, num_references: ArrayLike | None = None) -> FloatArray:
+        """f(q), elementwise, in reward units.
+
+        Parameters
+        ----------
+        q : quantiles in [0, 1], any shape.
+        num_references : references behind each quantile, broadcast against q. With it, `log` and the normal
+            transforms clamp q to [1/n, 1 - 1/n] (log: [1/n, 1]) as the published code does, because a rank
+            among n references can be 0 or 1, where they are infinite. Without it f is exact.
+
+        Raises
+        ------
+        ObjectiveError : q outside [0, 1], or fewer references than `min_references`.
+        """
+        quantiles = quantiles_in_range(q)
+        if num_references is not None:
+            n = np.asarray(num_references)
+            self.check_references(n)
+            quantiles = self._clamp(quantiles, 1.0 / n)
+        return np.asarray(self._forward(quantiles)[()], dtype=np.float64)
+
+    def fitted(self, q: ArrayLike) -> FloatArray:
+        """What the loss fits at these quantiles, whose error more references reduce: f(q), reward units."""
+        return self.apply(q)
+
+    def log_partition(self, beta: ArrayLike) -> FloatArray:
+        """Population log Z(beta) in nats, in the shape of beta; 1e-12 relative for beta in [1e-5, 1e3].
+
+        Raises ObjectiveError for a beta that is not finite or <= 0.
+        """
+        return self.log_mean(0.0, 1.0, beta)
+
+    def log_mean(self, low: ArrayLike, high: ArrayLike, beta: ArrayLike) -> FloatArray:
+        """log of the mean of exp(f(t)/beta) over [low, high], in nats; log Z is that of [0, 1].
+
+        Parameters
+        ----------
+        low, high, beta : broadcast; 0 <= low < high <= 1, beta > 0. f is exact here, without a clamp.
+
+        Raises
+        ------
+        ObjectiveError : an end outside [0, 1], low >= high, beta not finite or <= 0.
+        """
+        ends, betas = (quantiles_in_range(low), quantiles_in_range(high)), positive_beta(beta)
+        if not np.less(*ends).all():
+            raise ObjectiveError("a stretch of quantiles needs low < high")
+        return np.asarray(self._log_mean(*ends, betas)[()], dtype=np.float64)
+
+    def check_references(self, num_references: ArrayLike, *, where: str | None = None) -> None:
+        """Raise ObjectiveError where a prompt has fewer references than `min_references`."""
+        n = np.atleast_1d(np.asarray(num_references))
+        few = np.unique(n[n < self.min_references])
+        if len(few):
+            raise ObjectiveError(
+                f"transform {self.name!r} needs at least {self.min_references} references per prompt, "
+                f"got n = {listed(few)}",
+                where=where,
+                remedy="with fewer, all clamped quantiles are equal and the targets carry no signal; "
+                "draw more references or use 'identity'",
+            )
+
+    def at(self, prompt: NDArray[np.int64]) -> RewardTransform:
+        """The transform of these prompts (an index array); itself unless parameters differ by prompt."""
+        return self
+
+    @property
+    def varies_by_prompt(self) -> bool:
+        """Whether a parameter is an array with one entry per prompt."""
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        mine, theirs = self.params, other.params
+        return all(np.array_equal(mine[key], theirs[key]) for key in mine)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def _clamp(self, q: FloatArray, step: FloatArray) -> FloatArray:
+        return q
+
+    @abstractmethod
+    def _forward(self, q: FloatArray) -> FloatArray: ...
+
+    @abstractmethod
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,16 +138,12 @@ class Identity(RewardTransform):
 
     name = "identity"
     bounds = (0.0, 1.0)
-    slope_at_one = (1.0, 0.0)
 
     def _forward(self, q: FloatArray) -> FloatArray:
         return q
 
-    def _log_partition(self, beta: FloatArray) -> FloatArray:
-        u = 1.0 / beta
-        # exp(1/beta) overflows float64 below beta = 0.00141: take 1/beta out of the logarithm. From beta =
-        # 1 up the series keeps the relative accuracy that log(expm1(u)/u) loses as log Z tends to 0.
-        return np.where(u > 1.0, u - np.log(u) + np.log1p(-np.exp(-u)), log_kummer(1.0, np.minimum(u, 1.0)))
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray:
+        return identity_log_mean(low, high, 1.0 / beta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +152,12 @@ class Square(RewardTransform):
 
     name = "square"
     bounds = (0.0, 1.0)
-    slope_at_one = (2.0, 2.0)
 
     def _forward(self, q: FloatArray) -> FloatArray:
         return q * q
 
-    def _log_partition(self, beta: FloatArray) -> FloatArray:
-        from scipy.special import dawsn
-
-        u = 1.0 / beta
-        closed = u - 0.5 * np.log(u) + np.log(dawsn(np.sqrt(u)))
-        return np.where(u > 1.0, closed, log_kummer(0.5, np.minimum(u, 1.0)))
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray:
+        return power_log_mean(2.0, low, high, 1.0 / beta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +166,12 @@ class Sqrt(RewardTransform):
 
     name = "sqrt"
     bounds = (0.0, 1.0)
-    slope_at_one = (0.5, -0.25)
 
     def _forward(self, q: FloatArray) -> FloatArray:
         return np.sqrt(q)
 
-    def _log_partition(self, beta: FloatArray) -> FloatArray:
-        u = 1.0 / beta
-        # Above beta = 1 the two terms of the last factor have opposite signs: the series takes over.
-        below = np.minimum(beta, 1.0)
-        closed = np.log(2.0 * below) + 1.0 / below + np.log((1.0 - below) + below * np.exp(-1.0 / below))
-        return np.where(u > 1.0, closed, log_kummer(2.0, np.minimum(u, 1.0)))
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray:
+        return power_log_mean(0.5, low, high, 1.0 / beta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,24 +186,19 @@ class Power(RewardTransform):
         if not (np.isfinite(self.exponent) and self.exponent > 0):
             raise ObjectiveError(f"power needs a finite exponent > 0, got {self.exponent}")
 
-    @property
-    def slope_at_one(self) -> tuple[float, float]:
-        return (self.exponent, self.exponent * (self.exponent - 1.0))
-
     def _forward(self, q: FloatArray) -> FloatArray:
         return np.asarray(q**self.exponent, dtype=np.float64)
 
-    def _log_partition(self, beta: FloatArray) -> FloatArray:
-        return log_kummer(1.0 / self.exponent, 1.0 / beta)
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray:
+        return power_log_mean(self.exponent, low, high, 1.0 / beta)
 
 
 @dataclass(frozen=True, eq=False)
 class Log(RewardTransform):
-    """f(t) = log t; Z = beta/(1 + beta). Its optimum is Best-of-N with N = 1 + 1/beta, exactly."""
+    """f(t) = log t; Z = beta/(1 + beta). Its optimum is exactly Best-of-N with N = 1 + 1/beta."""
 
     name = "log"
     bounds = (-np.inf, 0.0)
-    slope_at_one = (1.0, -1.0)
     min_references = 2  # n = 1: everything is clamped to 1, so every target is 0
 
     def _clamp(self, q: FloatArray, step: FloatArray) -> FloatArray:
@@ -122,8 +208,8 @@ class Log(RewardTransform):
         with np.errstate(divide="ignore"):
             return np.log(q)
 
-    def _log_partition(self, beta: FloatArray) -> FloatArray:
-        return -np.log1p(1.0 / beta)
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray:
+        return log_log_mean(low, high, 1.0 / beta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,16 +228,16 @@ class Normal(RewardTransform):
 
         return np.asarray(ndtri(q), dtype=np.float64)
 
-    def _log_partition(self, beta: FloatArray) -> FloatArray:
-        return 0.5 / beta**2
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray:
+        return normal_log_mean(low, high, 1.0 / beta)
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledNormal(Normal):
     """f(t) = mean + std Phi^-1(t); log Z = mean/beta + std^2/(2 beta^2).
 
-    mean and std are numbers, or arrays with one entry per prompt: then `at(prompt)` picks the prompts' own,
-    and the pipeline's prompt codes are indices into them.
+    mean and std are numbers, or arrays with one entry per prompt. With arrays, prompt codes are indices into
+    them, and `at(prompt)` gives the transform of those prompts.
     """
 
     mean: float | FloatArray
@@ -168,13 +254,10 @@ class ScaledNormal(Normal):
         return np.ndim(self.mean) > 0 or np.ndim(self.std) > 0
 
     def at(self, prompt: NDArray[np.int64]) -> ScaledNormal:
-        picked = [
-            self._pick(name, np.asarray(self.params[name], dtype=np.float64), prompt) for name in self.params
-        ]
-        return ScaledNormal(*picked)
+        return ScaledNormal(*(self._at(name, np.asarray(self.params[name]), prompt) for name in self.params))
 
     @staticmethod
-    def _pick(name: str, values: FloatArray, prompt: NDArray[np.int64]) -> FloatArray:
+    def _at(name: str, values: FloatArray, prompt: NDArray[np.int64]) -> FloatArray:
         if values.ndim == 0:
             return values
         if prompt.size and not 0 <= int(prompt.min()) <= int(prompt.max()) < len(values):
@@ -191,13 +274,13 @@ class ScaledNormal(Normal):
             scaled = np.where(np.asarray(self.std) == 0, 0.0, self.std * standard)
         return np.asarray(self.mean + scaled, dtype=np.float64)
 
-    def _log_partition(self, beta: FloatArray) -> FloatArray:
-        return np.asarray(self.mean / beta + 0.5 * (self.std / beta) ** 2, dtype=np.float64)
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray:
+        return self.mean / beta + normal_log_mean(low, high, self.std / beta)
 
 
 @dataclass(frozen=True, eq=False)
 class Custom(RewardTransform):
-    """Any non-decreasing, bounded, vectorised f on [0, 1], steps allowed; log Z by quadrature."""
+    """A bounded, non-decreasing, vectorised f of the caller, steps allowed; log Z by quadrature."""
 
     f: Callable[[FloatArray], FloatArray]
     name = "custom"
@@ -228,15 +311,23 @@ class Custom(RewardTransform):
     def _forward(self, q: FloatArray) -> FloatArray:
         return np.asarray(self.f(q.ravel()), dtype=np.float64).reshape(q.shape)
 
-    def _log_partition(self, beta: FloatArray) -> FloatArray:
-        return quadrature_log_partition(self.f, beta)
+    def _log_mean(self, low: FloatArray, high: FloatArray, beta: FloatArray) -> FloatArray:
+        columns = np.broadcast_arrays(low, high, beta)
+        keys, inverse = np.unique(np.stack([c.ravel() for c in columns]), axis=1, return_inverse=True)
+        values = [float(quadrature_log_partition(self._on(a, b), one)) for a, b, one in keys.T.tolist()]
+        return np.array(values)[inverse.ravel()].reshape(columns[0].shape)
+
+    def _on(self, low: float, high: float) -> Callable[[FloatArray], FloatArray]:
+        """f on [low, high] as a function on [0, 1]."""
+        if (low, high) == (0.0, 1.0):
+            return self.f
+        return lambda t: self.f(np.clip(low + (high - low) * t, low, high))
 
 
-_KINDS: dict[str, type[RewardTransform]] = {
+_TRANSFORMS: dict[str, type[RewardTransform]] = {
     kind.name: kind for kind in (Identity, Log, Square, Sqrt, Power, Normal, ScaledNormal, Custom)
 }
-
-TRANSFORM_NAMES = tuple(_KINDS)
+TRANSFORM_NAMES = tuple(_TRANSFORMS)
 
 
 def get_transform(name: str, **params: Any) -> RewardTransform:
@@ -248,12 +339,12 @@ def get_transform(name: str, **params: Any) -> RewardTransform:
     ------
     ObjectiveError : unknown name, missing or unknown parameters, or a value out of range.
     """
-    if name not in _KINDS:
+    if name not in _TRANSFORMS:
         raise ObjectiveError(f"unknown transform {name!r}", remedy=f"one of {', '.join(TRANSFORM_NAMES)}")
-    wanted = [field.name for field in fields(_KINDS[name])]
-    if set(params) != set(wanted):
+    known = [field.name for field in fields(_TRANSFORMS[name])]
+    if set(params) != set(known):
         raise ObjectiveError(
-            f"transform {name!r} takes {', '.join(wanted) or 'no parameters'}, "
+            f"transform {name!r} takes {', '.join(known) or 'no parameters'}, "
             f"got {', '.join(params) or 'none'}"
         )
-    return _KINDS[name](**params)
+    return _TRANSFORMS[name](**params)

@@ -1,11 +1,11 @@
-"""What a reward sees of a completion: only the text that follows the thinking.
+"""Cut the thinking off a completion, so that a reward grades the answer alone.
 
-The rule is the same for every kind of reward, and `registry` applies it once:
+`registry` applies one rule to every kind of reward:
 
-- The text is cut behind its last closing mark. A template may open the thinking in its generation prompt, so
-  that a completion carries the closing mark alone; it is cut there too.
-- Thinking that is open at the end (the length limit cut it) leaves the empty text.
-- A text without marks is an answer as it stands.
+- The answer begins behind the last closing mark. The opening mark may be missing, because a template may
+  write it in its generation prompt.
+- Thinking without an end (the length limit cut it) leaves the empty text.
+- A text without marks is all answer.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from qrpo_core.engines.base import Progress, no_progress
-from qrpo_core.rewards.base import CheckedReward, ReferenceProblem, RewardRequest, Score
-from qrpo_core.rewards.config import ThinkingMarks
+from qrpo_core.common.progress import Progress, no_progress
+from qrpo_core.config.rewards import ThinkingMarks
+from qrpo_core.rewards.base import GroundTruthProblem, Reward, RewardRequest, Score
 
-#: The detail of a row that was scored although its thinking never ended.
+#: Detail of a row whose thinking never ended.
 UNFINISHED = "the thinking does not end: an empty answer was graded"
 
 
 def answer_after(text: str, marks: Sequence[ThinkingMarks], opening: str = "") -> str | None:
-    """The part of a completion that follows its thinking; None where the thinking does not end.
+    """Return the part of a completion behind its thinking; None if the thinking does not end.
 
-    opening : what the chat template writes at the beginning of the assistant's turn.
-    The completion itself is returned unchanged where it has no mark and the opening leaves none open.
+    opening : text that the chat template writes at the beginning of the assistant's turn.
     """
     whole = opening + text
     closed = max(
@@ -39,26 +38,26 @@ def answer_after(text: str, marks: Sequence[ThinkingMarks], opening: str = "") -
 
 
 class AnswerOnly:
-    """A reward that grades what follows the thinking and passes on everything else.
+    """A reward that gives its inner reward the answers without their thinking.
 
-    Completions without thinking reach the inner reward as they are. Where the thinking does not end, the
-    inner reward scores the empty text, and an `ok` row says so in its detail.
+    If the thinking does not end, the inner reward scores the empty text, and the detail of an `ok` row says
+    so.
     """
 
-    def __init__(self, reward: CheckedReward, marks: Sequence[ThinkingMarks]) -> None:
+    def __init__(self, reward: Reward, marks: Sequence[ThinkingMarks]) -> None:
         self._reward, self._marks = reward, tuple(marks)
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the inner reward needs one."""
-        return self._reward.needs_reference
+    def needs_ground_truth(self) -> bool:
+        """Whether the inner reward refuses rows without a ground truth."""
+        return self._reward.needs_ground_truth
 
-    def problems(self, references: Iterable[tuple[str, str | None]]) -> list[ReferenceProblem]:
-        """What the inner reward refuses."""
-        return self._reward.problems(references)
+    def problems(self, ground_truths: Iterable[tuple[str, str | None]]) -> list[GroundTruthProblem]:
+        """Return the problems of the inner reward."""
+        return self._reward.problems(ground_truths)
 
     def score(self, requests: Sequence[RewardRequest], progress: Progress = no_progress) -> list[Score]:
-        """One score a request, in the order of the requests."""
+        """Return one score a request, in the order of the requests."""
         answers = [answer_after(request.text, self._marks, request.opening) for request in requests]
         seen = [
             replace(request, text=answer or "", opening="")
@@ -71,5 +70,5 @@ class AnswerOnly:
         ]
 
     def close(self) -> None:
-        """Give back what the inner reward holds."""
+        """Free what the inner reward holds."""
         self._reward.close()

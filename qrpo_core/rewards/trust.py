@@ -1,10 +1,9 @@
-"""What a checked reward pays for, tried on a few prompts before anything is sampled.
+"""Try a reward on a few prompts before anything is sampled, and report reasons not to trust it.
 
-A reward that pays the full score for a constant, or for another prompt's answer, teaches that constant; one
-that does not pay for the right answer, because the extraction does not find it, teaches nothing. Both are
-told here. Looked at are the kinds that have a right answer and cost nothing to ask: number, exact, math,
-reasoning_gym and code, alone or as terms of a weighted sum. A reward model, a judge and a function have no
-right answer that is known beforehand; sentiment and length have none at all.
+A reward that pays the full score for a constant, or for another prompt's answer, teaches the policy to write
+that. A reward that does not pay for the right answer, because the extraction misses it, teaches nothing. The
+kinds with a known right answer are tried: number, exact, math, reasoning_gym and code, alone or as terms of a
+weighted sum.
 """
 
 from __future__ import annotations
@@ -15,27 +14,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qrpo_core.rewards.base import CheckedReward, RewardRequest, read_json
-from qrpo_core.rewards.code_formats import SOLUTIONS
-from qrpo_core.rewards.config import RewardConfig
+from qrpo_core.config.rewards import RewardConfig
+from qrpo_core.rewards.base import Reward, RewardRequest, read_json
+from qrpo_core.rewards.code.formats import SOLUTIONS
 
-#: What a model writes when it does not answer.
+#: Texts that do not answer.
 CONSTANTS = ("", "0", "1", "yes", "no", "I'm sorry, but I can't help with that.")
 
-_LOOKED_AT = ("number", "exact", "math", "reasoning_gym", "code")
+_TRIED_KINDS = ("number", "exact", "math", "reasoning_gym", "code")
 
 #: A program that does nothing.
 _EMPTY_PROGRAM = "```python\npass\n```"
 
-#: Prompts that are tried; code runs programs, and gets fewer.
+#: Number of prompts to try; code runs programs, so it gets fewer.
 _PROMPTS, _CODE_PROMPTS = 16, 4
-#: Fewer prompts say nothing: three answers may well be 0.
+#: With fewer prompts there is no verdict: three answers may all be 0 by chance.
 _FEWEST = 4
-#: The share of the prompts on which a constant, or another prompt's answer, has to win.
+#: A constant, or another prompt's answer, that gets the full score on this share of the prompts is a doubt.
 _WINS = 0.75
-#: The share of all prompts on which even a right constant is too much.
+#: The same for a constant that may be right.
 _ALWAYS = 0.95
-#: The share of prompts whose own answer has to score.
+#: Share of prompts whose own answer must get the full score.
 _SCORES = 0.75
 _FULL = 1 - 1e-9
 _REMEDY = "set reward.extract so that it finds such an answer (null takes the kind's own rule)"
@@ -43,7 +42,7 @@ _REMEDY = "set reward.extract so that it finds such an answer (null takes the ki
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """A reason not to trust a reward. severe : whether it stops a run where `trust` is "refuse"."""
+    """A reason not to trust a reward. severe : it stops a run if `trust` is "refuse"."""
 
     problem: str
     remedy: str
@@ -52,11 +51,11 @@ class Doubt:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What a reward gave on one prompt.
+    """The scores of a reward on one prompt.
 
-    answer : the right one, None where none is known.
-    own, other : what that and another prompt's right answer score; None for those that were not tried, or got
-        no score.
+    answer : the right answer; None if it is unknown.
+    own, other : score of the right answer and of another prompt's; None if not tried, or without a score.
+    constants : scores of `_constants`.
     """
 
     answer: str | None
@@ -66,21 +65,21 @@ class Tried:
 
 
 def doubts(
-    config: RewardConfig, reward: CheckedReward, references: Sequence[tuple[str, str | None]]
+    config: RewardConfig, reward: Reward, ground_truths: Sequence[tuple[str, str | None]]
 ) -> list[Doubt]:
-    """Every reason not to trust a reward of one of the kinds that are looked at; none for other kinds.
+    """Return every reason not to trust a reward; none for kinds that are not tried.
 
-    reward : the reward of `config`. references : (prompt_id, reference) pairs, all of them readable.
+    reward : the reward of `config`. ground_truths : (prompt_id, ground truth) pairs that the reward can use.
     """
-    if config.kind not in _LOOKED_AT:
+    if config.kind not in _TRIED_KINDS:
         return []
-    chosen = _spread(references, _CODE_PROMPTS if config.kind == "code" else _PROMPTS)
+    chosen = _spread(ground_truths, _CODE_PROMPTS if config.kind == "code" else _PROMPTS)
     tried = _try(config, reward, chosen)
     return [*_paid_for_anything(config, tried), *_right_answer_unpaid(config, tried, chosen)]
 
 
 def terms(config: RewardConfig, place: str = "reward") -> Iterator[tuple[str, RewardConfig]]:
-    """A reward, or the scorers that a sum is made of, with their places."""
+    """Yield a reward with its place, or the terms of a weighted sum with theirs."""
     if config.kind != "weighted":
         yield place, config
     for number, term in enumerate(config.terms):
@@ -91,30 +90,32 @@ def _constants(config: RewardConfig) -> tuple[str, ...]:
     return (*CONSTANTS, _EMPTY_PROGRAM) if config.kind == "code" else CONSTANTS
 
 
-def _spread(references: Sequence[tuple[str, str | None]], count: int) -> list[tuple[str, str]]:
-    """So many prompts from all over the set, each reference once where there are enough."""
-    different = list({text: (prompt, text) for prompt, text in references if text is not None}.values())
+def _spread(ground_truths: Sequence[tuple[str, str | None]], count: int) -> list[tuple[str, str]]:
+    """Return `count` prompts spread over the set, with distinct ground truths if there are enough."""
+    different = list({text: (prompt, text) for prompt, text in ground_truths if text is not None}.values())
     pool = (
-        different if len(different) >= _FEWEST else [(p, text) for p, text in references if text is not None]
+        different
+        if len(different) >= _FEWEST
+        else [(p, text) for p, text in ground_truths if text is not None]
     )
     step = max(1, len(pool) // count)
     return pool[::step][:count]
 
 
-def _try(config: RewardConfig, reward: CheckedReward, chosen: Sequence[tuple[str, str]]) -> list[Tried]:
+def _try(config: RewardConfig, reward: Reward, chosen: Sequence[tuple[str, str]]) -> list[Tried]:
     requests: list[RewardRequest] = []
     rows: list[tuple[str | None, bool]] = []
     constants = _constants(config)
-    for place, (prompt, reference) in enumerate(chosen):
+    for place, (prompt, ground_truth) in enumerate(chosen):
         own, other = (
-            _completion(config, _answer(config, text)) for text in (reference, chosen[place - 1][1])
+            _completion(config, _answer(config, text)) for text in (ground_truth, chosen[place - 1][1])
         )
         if other == own:
             other = None
         texts = [*constants, *(text for text in (own, other) if text is not None)]
-        rows.append((_answer(config, reference), other is not None))
+        rows.append((_answer(config, ground_truth), other is not None))
         requests += [
-            RewardRequest(prompt, number, (("user", "?"),), text, reference)
+            RewardRequest(prompt, number, (("user", "?"),), text, ground_truth)
             for number, text in enumerate(texts)
         ]
     scores = iter(reward.score(requests))
@@ -135,7 +136,7 @@ def _paid_for_anything(config: RewardConfig, tried: Sequence[Tried]) -> Iterator
         return
     for number, text in enumerate(_constants(config)):
         paid = [row.constants[number] >= _FULL for row in tried]
-        # A constant that is the right answer, as "yes" is of many questions, is no fault of the scorer.
+        # A constant may be the right answer, as "yes" is of many questions; such prompts do not count.
         unearned = [full for full, row in zip(paid, tried, strict=True) if row.answer != text]
         wrongly = len(unearned) >= _FEWEST and sum(unearned) >= _WINS * len(unearned)
         if wrongly or sum(paid) >= _ALWAYS * len(paid):
@@ -177,21 +178,21 @@ def _right_answer_unpaid(
         )
 
 
-def _answer(config: RewardConfig, reference: str) -> str | None:
-    """The right answer that a reference gives, as a model would write it; None where none is known."""
+def _answer(config: RewardConfig, ground_truth: str) -> str | None:
+    """Return the right answer in a ground truth, as a model would write it; None if it is unknown."""
     if config.code is not None:
-        return _own_program(json.loads(reference), config.code.format)
-    value = read_json(reference)
+        return _own_program(json.loads(ground_truth), config.code.format)
+    value = read_json(ground_truth)
     match config.kind:
         case "reasoning_gym":
             return None if value["entry"]["answer"] is None else str(value["entry"]["answer"])
         case "exact":
-            return value if isinstance(value, str) else reference.strip()
+            return value if isinstance(value, str) else ground_truth.strip()
     return value.rpartition("####")[2].strip() if isinstance(value, str) else str(value)
 
 
 def _own_program(row: dict[str, Any], form: str) -> str | None:
-    """The data set's own solution, as a completion gives it; None where the row has none."""
+    """Return the data set's own solution as a completion; None if the row has none."""
     found = (row.get(key) for key in SOLUTIONS)
     text = next((each for each in found if isinstance(each, str) and each.strip()), None)
     if text is None or "```" in text:
@@ -202,7 +203,7 @@ def _own_program(row: dict[str, Any], form: str) -> str | None:
 
 
 def _completion(config: RewardConfig, answer: str | None) -> str | None:
-    """A completion that gives this answer as the extraction asks for it, behind a line of its own."""
+    """Return a completion with this answer in the form that the extraction expects."""
     if answer is None or config.kind == "code" or config.extract == "whole":
         return answer
     if config.kind == "exact" and config.extract is None:

@@ -6,80 +6,34 @@ a folder named by their content, so that two writers never touch each other's fi
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from qrpo_core import __version__
-from qrpo_core.errors import DamagedError, MissingError, StoreError
-from qrpo_core.ids import canonical_json, digest_bytes, digest_file, digest_json
-from qrpo_core.store.aside import set_aside
-from qrpo_core.store.checks import Check, Verify, is_checked
-from qrpo_core.store.interface import Objects
+from qrpo_core.common.cache_directory import cache_directory
+from qrpo_core.common.errors import DamagedError, MissingError, StoreError
+from qrpo_core.common.hashing import canonical_json, digest_bytes, digest_file, digest_json
+from qrpo_core.store.backends.interface import Objects
+from qrpo_core.store.manifest import FORMAT, MAKE_AGAIN, Manifest, parse_manifest
+from qrpo_core.store.quarantine import quarantine
 from qrpo_core.store.recipe import Recipe
-
-FORMAT = 1
-
-_MAKE_AGAIN = "qrpo verify --repair sets the artifact aside; the next run makes it again"
+from qrpo_core.store.verification import Check, Verify, is_checked, object_digest
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What is stored under a recipe.
-
-    files : name → sha256 and size in bytes.
-    facts : what the step wants remembered (counts, rates, diagnostics), JSON-ready.
-    """
-
-    step: str
-    key: str
-    recipe: dict[str, Any]
-    folder: str
-    files: dict[str, dict[str, Any]]
-    facts: dict[str, Any]
-    created: str
-    seconds: float
-    code: str
-
-    @property
-    def digest(self) -> str:
-        """Digest of the content: every file's name and digest."""
-        return digest_json({name: entry["digest"] for name, entry in self.files.items()})
-
-    @property
-    def index(self) -> str:
-        """Object key of the manifest itself."""
-        return f"artifacts/{self.step}/{self.key}/manifest.json"
-
-    @property
-    def exact(self) -> bool:
-        """Whether the step declares that its result comes out the same wherever it is made."""
-        return self.facts.get("exact") is True
-
-    def path(self, name: str) -> str:
-        """Key of one of the files."""
-        if name not in self.files:
-            raise MissingError(
-                f"artifact {self.step}/{self.key} has no file {name!r}", remedy=f"it has {sorted(self.files)}"
-            )
-        return f"artifacts/{self.step}/{self.key}/{self.folder}/{name}"
-
-
-class Artifacts:
+class ArtifactStore:
     """Finds, commits and opens artifacts on a back end.
 
-    verify : whether a file's content is compared with its digest when it is first opened here.
+    verify : how many files are compared with their digest when this process first opens them.
     """
 
     def __init__(self, objects: Objects, verify: Verify = "always") -> None:
         self.objects = objects
         self.check_on_read: Verify = verify
-        self._whole: set[str] = set()  # files that were compared
+        self._verified: set[str] = set()  # local paths of the files that match their digest
 
     def find(self, recipe: Recipe) -> Manifest | None:
         """The committed manifest of a recipe, or None."""
@@ -87,7 +41,7 @@ class Artifacts:
             data = self.objects.read(f"{recipe.path}/manifest.json")
         except MissingError:
             return None
-        return _parse(data, f"{self.objects.url}/{recipe.path}/manifest.json")
+        return parse_manifest(data, f"{self.objects.url}/{recipe.path}/manifest.json")
 
     def get(self, recipe: Recipe) -> Manifest:
         """The committed manifest of a recipe; MissingError names the step that has to run."""
@@ -96,7 +50,7 @@ class Artifacts:
             raise MissingError(
                 f"no {recipe.step} artifact yet",
                 where=f"{self.objects.url}/{recipe.path}",
-                remedy="run the step before",
+                remedy="run the step before (qrpo plan shows what is missing, qrpo runs what is there)",
             )
         return manifest
 
@@ -105,7 +59,7 @@ class Artifacts:
         return [manifest.recipe for manifest in self.manifests(step)]
 
     def manifests(self, step: str | None = None) -> Iterator[Manifest]:
-        """Every artifact (of a step), by path. After the last one DamagedError, if some are unreadable."""
+        """Every artifact (of a step), by path; at the end DamagedError if some are unreadable."""
         damaged = []
         for check in self.check_manifests(step):
             if isinstance(check.manifest, Manifest):
@@ -116,16 +70,16 @@ class Artifacts:
             raise DamagedError(
                 f"{len(damaged)} artifacts are damaged, the first: {damaged[0].damage}",
                 where=f"{self.objects.url}/{damaged[0].key}",
-                remedy=_MAKE_AGAIN,
+                remedy=MAKE_AGAIN,
             )
 
     def check_manifests(self, step: str | None = None) -> Iterator[Check]:
-        """One a manifest, by path: the manifest, or why it cannot be read."""
+        """The check of every manifest (of a step), by path: readable or not."""
         for entry in self.objects.entries(f"artifacts/{step}/" if step else "artifacts/"):
             if not entry.key.endswith("/manifest.json") or entry.key.count("/") != 3:
                 continue
             try:
-                manifest = _parse(self.objects.read(entry.key), f"{self.objects.url}/{entry.key}")
+                manifest = parse_manifest(self.objects.read(entry.key), f"{self.objects.url}/{entry.key}")
                 yield Check(entry.key, 0, entry.size, "", manifest)
             except MissingError:
                 continue  # removed since it was listed
@@ -133,36 +87,40 @@ class Artifacts:
                 yield Check(entry.key, 0, entry.size, error.message, None)
 
     def verify(self, manifest: Manifest) -> Iterator[Check]:
-        """Every file of an artifact against its digest, as read now. Changes nothing."""
+        """Compare every file of an artifact with its digest, as read now. Changes nothing."""
         for name, entry in manifest.files.items():
             key = manifest.path(name)
             try:
-                damage = "" if self._digest(key) == entry["digest"] else "content and digest differ"
+                damage = (
+                    "" if object_digest(self.objects, key) == entry["digest"] else "content and digest differ"
+                )
             except MissingError:
                 damage = "the file is gone"
             yield Check(key, 0, entry["bytes"], damage, manifest)
 
-    def set_aside(self, manifest: Manifest | str, why: str) -> str:
+    def quarantine(self, manifest: Manifest | str, why: str) -> str:
         """Take an artifact's manifest away, so that it is made again; its files stay for inspection.
 
-        manifest : or the object key of a manifest that cannot be read.
-        Returns the object key of the record (``aside/<step>/<key>/manifest.json``), "" if it was gone.
+        manifest : or the object key of an unreadable manifest.
+        Returns the object key of the record (``quarantine/<step>/<key>/manifest.json``), "" if it is gone.
         """
-        entry = manifest if isinstance(manifest, str) else manifest.index
+        entry = manifest if isinstance(manifest, str) else manifest.manifest_key
 
-        def judged(content: bytes) -> bool:
+        def is_same(content: bytes) -> bool:
             try:
-                found = _parse(content, entry)
+                found = parse_manifest(content, entry)
             except DamagedError:
                 return True
             return found == manifest
 
-        return set_aside(self.objects, entry, why, judged)
+        return quarantine(self.objects, entry, why, is_same)
 
     def commit(
         self, recipe: Recipe, files: Mapping[str, Path | bytes], facts: dict[str, Any], seconds: float
     ) -> Manifest:
-        """Store files and make them real in one conditional step; the loser of a race gets the winner's.
+        """Store files, make them real in one conditional step and return the committed manifest.
+
+        The loser of a race gets the winner's manifest.
 
         files : name (may hold slashes) → local path or bytes.
         With ``exact: True`` in the facts of both, contents that differ are a StoreError that names both.
@@ -187,7 +145,9 @@ class Artifacts:
             "seconds": round(seconds, 3),
             "code": __version__,
         }
-        created = self.objects.create(f"{recipe.path}/manifest.json", canonical_json(manifest).encode())
+        created = self.objects.put_if_absent(
+            f"{recipe.path}/manifest.json", canonical_json(manifest).encode()
+        )
         winner = self.get(recipe)
         if not created and winner.exact and facts.get("exact") is True and winner.files != entries:
             names = sorted(
@@ -196,7 +156,7 @@ class Artifacts:
                 if winner.files.get(name) != entries.get(name)
             )
             raise StoreError(
-                "the artifact came out in two ways, though its step declares that it cannot: folder "
+                "the artifact has two results, though its step declares that it is exact: folder "
                 f"{winner.folder} (by qrpo {winner.code}) is committed, folder {folder} was made now; the "
                 f"first file that differs is {names[0]}",
                 where=f"{self.objects.url}/{recipe.path}",
@@ -205,7 +165,7 @@ class Artifacts:
         return winner
 
     def read(self, manifest: Manifest, name: str) -> bytes:
-        """One file's bytes, compared with the manifest; DamagedError if they differ or are gone."""
+        """One file's bytes, compared with the manifest; DamagedError if they differ or are missing."""
         key, entry = manifest.path(name), manifest.files[name]
         try:
             data = self.objects.read(key)
@@ -228,7 +188,7 @@ class Artifacts:
     def file(self, manifest: Manifest, name: str) -> Path:
         """A local path of one of the files; downloaded once if the store is remote.
 
-        It is compared with the manifest when this process opens it first; DamagedError if it is not whole.
+        The file is compared with the manifest when this process first opens it; DamagedError if they differ.
         """
         key, entry = manifest.path(name), manifest.files[name]
         target = self.objects.local(key) or self._downloaded(manifest, name)
@@ -237,14 +197,14 @@ class Artifacts:
             raise _damaged("the file is gone", where)
         if target.stat().st_size != entry["bytes"]:
             raise _damaged(f"{target.stat().st_size} bytes instead of {entry['bytes']}", where)
-        if where not in self._whole and is_checked(self.check_on_read, entry["digest"]):
+        if where not in self._verified and is_checked(self.check_on_read, entry["digest"]):
             if digest_file(target) != entry["digest"]:
                 raise _damaged("content and digest differ", where)
-            self._whole.add(where)
+            self._verified.add(where)
         return target
 
     def _downloaded(self, manifest: Manifest, name: str) -> Path:
-        """The file's copy in the cache; complete by construction: renamed into place after its check."""
+        """The file's copy in the cache. It appears by a rename after its check: always complete."""
         key, entry = manifest.path(name), manifest.files[name]
         folder = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
         target = folder / name
@@ -260,28 +220,8 @@ class Artifacts:
             if digest_file(part) != entry["digest"]:
                 raise _damaged("content and digest differ", f"{self.objects.url}/{key}")
             os.replace(part, target)
-        self._whole.add(str(target))
+        self._verified.add(str(target))
         return target
-
-    def _digest(self, key: str) -> str:
-        """Digest of an object as it is in the store now."""
-        local = self.objects.local(key)
-        if local is not None:
-            if not local.is_file():
-                raise MissingError("no such object", where=str(local))
-            return digest_file(local)
-        with tempfile.TemporaryDirectory() as scratch:
-            part = Path(scratch) / "part"
-            self.objects.download(key, part)
-            return digest_file(part)
-
-
-def cache_directory() -> Path:
-    """Where copies that can be fetched or computed again live: $QRPO_CACHE, else the user's cache."""
-    given = os.environ.get("QRPO_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrpo"
 
 
 def _entry(content: Path | bytes) -> dict[str, Any]:
@@ -290,18 +230,5 @@ def _entry(content: Path | bytes) -> dict[str, Any]:
     return {"digest": digest_file(content), "bytes": content.stat().st_size}
 
 
-def _parse(data: bytes, where: str) -> Manifest:
-    try:
-        raw = json.loads(data)
-        if raw.pop("format") != FORMAT:
-            raise StoreError("manifest of another format", where=where, remedy="upgrade qrpo")
-        manifest = Manifest(**raw)
-        if digest_json(manifest.recipe) != manifest.key:
-            raise ValueError("its recipe is not the one it is named by")
-        return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"unreadable manifest: {error}", where=where, remedy=_MAKE_AGAIN) from None
-
-
 def _damaged(why: str, where: str) -> DamagedError:
-    return DamagedError(why, where=where, remedy=_MAKE_AGAIN)
+    return DamagedError(why, where=where, remedy=MAKE_AGAIN)

@@ -1,21 +1,21 @@
-"""A recipe names a result by what decides it; two runs with one recipe mean the same result."""
+"""A recipe names a result by everything that decides it: equal recipes mean equal results."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from qrpo_core.ids import digest_json
+from qrpo_core.common.hashing import digest_json
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a result.
+    """Everything that decides a result.
 
     step : name of the step.
     version : integer, raised by hand when the meaning of the step's result changes.
     config : the settings that change the result, JSON-ready. No paths, batch sizes, device or worker counts.
-    inputs : the keys or digests of what it is made from, by name.
+    inputs : the keys or digests of the results that it is made from, by name.
     """
 
     step: str
@@ -25,30 +25,30 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """32 hex characters."""
+        """The cache key: 32 hex characters."""
         return digest_json(self.to_dict())
 
     @property
     def path(self) -> str:
-        """Where a whole artifact of this recipe lives in the store."""
+        """Folder of this recipe's artifact in the store."""
         return f"artifacts/{self.step}/{self.key}"
 
     @property
     def blocks_path(self) -> str:
-        """Where blocks of rows of this recipe live in the store."""
+        """Folder of this recipe's blocks in the store."""
         return f"blocks/{self.step}/{self.key}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, from which the key is made."""
+        """The JSON-ready form that the key is the digest of."""
         return {"step": self.step, "version": self.version, "config": self.config, "inputs": self.inputs}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Recipe:
-        """The recipe whose `to_dict` this is; TypeError or KeyError if it is none."""
+        """The recipe with this `to_dict`; TypeError or KeyError if there is none."""
         return cls(raw["step"], raw["version"], dict(raw["config"]), dict(raw["inputs"]))
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Dotted names of the fields in which another recipe (its `to_dict`) differs, sorted."""
+        """The dotted names of the fields in which another recipe (its `to_dict`) differs, sorted."""
         return sorted(_differences(self.to_dict(), other, ""))
 
 

@@ -24,8 +24,8 @@ import httpx
 import pytest
 import yaml
 
-from flows.deploy import ROOT
-from qrpo_core.experiments import load_experiment
+from flows.service.deploy import ROOT
+from qrpo_core.config.reading import load_experiment
 from tests.conftest import write_tiny_model
 from tests.deployments.api import request
 
@@ -57,7 +57,11 @@ CHANGED: dict[str, Any] = {
     "sampling": {"engine": "transformers", "references_per_prompt": 4, "max_new_tokens": 12},
     "reward": {"kind": "length", "max_words": 1},
     "training": {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-2},
-    "evaluation": {"samples_per_prompt": 2, "resamples": 200},
+    "evaluation": {
+        "samples_per_prompt": 2,
+        "resamples": 200,
+        "judges": {"brevity": {"kind": "length", "max_words": 3}},
+    },
     "store": {"rows_per_block": 16},
     "service": {"gpu_hour_price": 2.5, "currency": "EUR"},
 }
@@ -94,19 +98,20 @@ def service(folder: Path) -> Iterator[Service]:
     url = f"http://127.0.0.1:{port}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_API_PORT": str(port)}
+    environment["QRPO_STORES"] = str(folder / "store")
     clients = environment | {"PREFECT_API_URL": f"{url}/api", "PREFECT_WORKER_QUERY_SECONDS": "2"}
     with contextlib.ExitStack() as running:
         server = running.enter_context(_started("serve", environment, folder))
         _wait_for(f"{url}/api/health", server, folder / "serve.log")
         subprocess.run(
-            _command("deploy"), cwd=ROOT, env=clients, check=True, capture_output=True, timeout=120
+            _command("deploy"), cwd=ROOT, env=clients, check=True, capture_output=True, timeout=600
         )
         found = Service(url, folder, _experiment(folder))
         align = found.ask("GET", "/deployments/name/align/align")
-        parameters = align["parameters"] | {"experiment": found.experiment}
+        parameters = align["parameters"] | {"experiment": {"based_on": str(folder / "tiny.yaml")}}
         found.ask("PATCH", f"/deployments/{align['id']}", parameters=parameters)
         running.enter_context(_started("workers", clients, folder))
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 600
         while not found.ask("POST", "/work_pools/gpu/workers/filter"):
             assert time.monotonic() < deadline, (folder / "workers.log").read_text()
             time.sleep(0.5)
@@ -150,7 +155,7 @@ def picture(page: Any) -> Callable[[str], None]:
 
 
 def _experiment(folder: Path) -> dict[str, Any]:
-    """The parameters of the form: every field of the tiny experiment."""
+    """Every setting of the tiny experiment, whose file the form begins with."""
     changed = {name: dict(section) for name, section in CHANGED.items()}
     changed["model"]["path"] = str(write_tiny_model(folder / "tiny-llama"))
     changed["store"]["path"] = str(folder / "store")
@@ -182,14 +187,14 @@ def _started(target: str, environment: dict[str, str], folder: Path) -> Iterator
     finally:
         process.terminate()
         try:
-            process.wait(45)
+            process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
 def _wait_for(url: str, server: Any, log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(url).is_success:

@@ -6,19 +6,20 @@ In the order of the file: the runs of later tests find what earlier ones put int
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from qrpo_core.config import Experiment
-from qrpo_core.steps.chain import reference_steps
-from qrpo_core.steps.workspace import Workspace
-from qrpo_core.store.blocks import count_rows
+from qrpo_core.pipeline.experiment_steps import reference_steps
+from qrpo_core.pipeline.workspace import Workspace
+from qrpo_core.store.blocks.planning import count_rows
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
-BUDGET = "References Per Prompt (Optional)"
+BUDGET = "sampling.references_per_prompt (Optional)"
 #: How long a run of the tiny experiment may take, in milliseconds, on a busy machine.
 PATIENCE = 150_000
 
@@ -55,21 +56,30 @@ def open_artifact(page: Any, key: str) -> None:
 
 
 def name_of(flow: str, budget: int) -> str:
-    return f"{flow} tiny · tiny-llama · template ×24 · n={budget}"
+    trained = " · qrpo beta=0.1 lr=0.01" if flow in ("align", "train", "evaluate") else ""
+    return f"{flow} tiny · tiny-llama · template ×24 · n={budget}{trained}"
 
 
 def test_the_form_explains_itself(service: Any, page: Any, picture: Callable[[str], None]) -> None:
     open_form(page, service)
     for text in (
-        "The reference policy: the model that training starts from.",
-        "The pre-computation budget: reference completions of every training prompt.",
+        "A preset or a run in the store, or a YAML file of the worker's checkout.",
+        "The pre-computation budget: reference completions for each training prompt.",
         "Peak of the schedule.",
-        "Price of one GPU for an hour",
+        "A whole experiment, in place of based_on.",
     ):
         assert page.get_by_text(text).first.is_visible()
-    assert page.get_by_label(BUDGET).input_value() == "4"
-    assert not page.get_by_text(re.compile(r"^\w+Config")).count()  # no class's name is a heading
+    assert page.get_by_label("based_on").input_value() == str(service.folder / "tiny.yaml")
+    assert page.get_by_label(BUDGET).input_value() == ""
+    # As far down as the button, it is a page and a half on a laptop's screen; every setting would be twenty.
+    height = page.evaluate("document.querySelector('main').scrollHeight")
+    assert height < 2000
+    page.set_viewport_size({"width": 1280, "height": height})
     picture("form")
+    page.get_by_role("tab", name="Experiment", exact=True).click()
+    for text in ("The reference model: training starts from it.", "Price of one GPU for an hour"):
+        page.get_by_text(text).first.wait_for()
+    assert not page.get_by_text(re.compile(r"^\w+Config")).count()  # no class's name is a heading
 
 
 def test_align_with_another_budget(service: Any, page: Any, picture: Callable[[str], None]) -> None:
@@ -111,8 +121,15 @@ def test_align_with_another_budget(service: Any, page: Any, picture: Callable[[s
         Workspace(Experiment.model_validate(service.experiment | {"sampling": changed}))
     )
     committed = samples.workspace.blocks.committed(samples.recipe)
-    runs = [run for block in committed for run in block.runs if run.key in samples.wanted]
-    assert sum(run.count for run in runs) == count_rows(samples.wanted) == 6 * len(samples.wanted) > 0
+    row_ranges = [
+        row_range for block in committed for row_range in block.ranges if row_range.key in samples.wanted
+    ]
+    assert (
+        sum(row_range.count for row_range in row_ranges)
+        == count_rows(samples.wanted)
+        == 6 * len(samples.wanted)
+        > 0
+    )
 
 
 def test_the_stages_say_rows_rates_and_cost(service: Any, page: Any, picture: Callable[[str], None]) -> None:
@@ -134,6 +151,40 @@ def open_run_again(page: Any, service: Any, budget: int) -> None:
     page.goto(f"{service.url}/v2/runs")
     page.get_by_role("link", name=name_of("align", budget), exact=True).first.click()
     page.wait_for_url(re.compile("/flow-run/"))
+
+
+def finished(service: Any, flow: str, runs: int) -> Any:
+    """The newest run of a flow, once it has had so many runs and nothing runs any more."""
+    newest = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC", "limit": 100}
+    deadline = time.monotonic() + PATIENCE / 1000
+    while time.monotonic() < deadline:
+        found = service.ask("POST", "/flow_runs/filter", **newest)
+        busy = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}}}
+        if len(found) == runs and not service.ask("POST", "/flow_runs/count", **busy):
+            return found[0]
+        time.sleep(1)
+    raise AssertionError(f"{flow}: {len(found)} runs")
+
+
+def open_graph(page: Any, service: Any, run: Any) -> None:
+    """The page of a run, wide enough for its run graph."""
+    page.set_viewport_size({"width": 1700, "height": 1000})
+    page.goto(f"{service.url}/runs/flow-run/{run['id']}")
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    page.locator("canvas").first.wait_for()
+    page.wait_for_timeout(3000)  # it is drawn once its data has come
+
+
+def test_the_run_graph_is_the_diagram(service: Any, page: Any, picture: Callable[[str], None]) -> None:
+    open_graph(page, service, finished(service, "precompute", 1))
+    picture("run-graph")
+    open_form(page, service)
+    start(page, 6)
+    run = finished(service, "precompute", 2)
+    open_graph(page, service, run)
+    picture("run-graph-cached")
+    tasks = service.ask("POST", "/task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
+    assert {task["state_name"] for task in tasks} == {"Cached"}
 
 
 def test_a_value_that_the_form_refuses(service: Any, page: Any, picture: Callable[[str], None]) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qrpo_core.data.chat import Chat
-from qrpo_core.engines.base import Completion, Engine, SampleRequest, ScoreRequest
-from qrpo_core.engines.config import EndpointConfig
+from qrpo_core.config.engines import EndpointConfig
+from qrpo_core.engines.base import Completion, Engine, LogprobRequest, SampleRequest
+from qrpo_core.engines.endpoint import EndpointEngine
 from qrpo_core.engines.fake import FakeEngine
-from qrpo_core.engines.numerics import pick_device
-from qrpo_core.engines.registry import make_engine
+from qrpo_core.engines.transformers import TransformersEngine
+from qrpo_core.engines.vllm import VllmEngine
+from qrpo_core.models.chat import Chat
+from qrpo_core.models.precision import pick_device
 from tests.rounding import reordered
 from tests.vllm import shared as vllm
 
@@ -62,7 +64,7 @@ def case_of(kind: str, directory: Path) -> Case:
     dtype = kind.removeprefix("transformers-")
 
     def real(batch_size: int) -> Engine:
-        return make_engine("transformers", directory, dtype=dtype, batch_size=batch_size, chat=chat)
+        return TransformersEngine(directory, dtype, batch_size)
 
     # bfloat16 has 8 bits: a logit of 8 is known to 1/32. Where it is not native, arithmetic is float32: 2,000
     # operations to each log-prob of at most 40 tokens.
@@ -79,10 +81,7 @@ def vllm_case(model: Path) -> Iterator[Case]:
 
     def shared(batch_size: int) -> Engine:
         if not engines or engines[-1]._closed:  # type: ignore[attr-defined]
-            made = make_engine(
-                "vllm", model, dtype="float32", batch_size=batch_size, chat=chat, vllm=vllm.CONFIG
-            )
-            engines.append(made)
+            engines.append(VllmEngine(model, "float32", vllm.CONFIG))
         return engines[-1]
 
     try:
@@ -100,21 +99,21 @@ def endpoint_case(model: Path) -> Iterator[Case]:
 
         def client(batch_size: int) -> Engine:
             config = EndpointConfig(url=url, concurrency=batch_size, retry_seconds=0)
-            made = make_engine("endpoint", model, dtype="float32", batch_size=1, chat=chat, endpoint=config)
+            made = EndpointEngine(config, vocab_size=chat.vocab_size, max_length=chat.max_length)
             assert made.name == "endpoint/tiny"
             return made
 
         yield Case(client, chat.vocab_size, chat.stop_token_ids, 1e-3, exact=False, draws=400)
 
 
-def scores(requests: list[SampleRequest], drawn: list[Completion]) -> list[ScoreRequest]:
+def scores(requests: list[SampleRequest], drawn: list[Completion]) -> list[LogprobRequest]:
     """What was drawn, to be scored."""
-    return [ScoreRequest(r.prompt_token_ids, c.token_ids) for r, c in zip(requests, drawn, strict=True)]
+    return [LogprobRequest(r.prompt_token_ids, c.token_ids) for r, c in zip(requests, drawn, strict=True)]
 
 
 def next_token_logprobs(engine: Engine, case: Case, prompt: tuple[int, ...]) -> Floats:
     """log-probability of every token of the vocabulary after a prompt, [vocab_size]."""
-    return engine.logprobs([ScoreRequest(prompt, (token,)) for token in range(case.vocab_size)])
+    return engine.logprobs([LogprobRequest(prompt, (token,)) for token in range(case.vocab_size)])
 
 
 def probabilities(logprobs: Floats, temperature: float, top_p: float) -> Floats:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qrpo_core.errors import DamagedError, MissingError, StoreError
-from qrpo_core.store.artifacts import Artifacts, Manifest
-from qrpo_core.store.blocks import Blocks
-from qrpo_core.store.objects import Objects
+from qrpo_core.common.errors import DamagedError, MissingError, StoreError
+from qrpo_core.store.artifacts import ArtifactStore
+from qrpo_core.store.backends.interface import Objects
+from qrpo_core.store.blocks.block_store import BlockStore
+from qrpo_core.store.manifest import Manifest
 from qrpo_core.store.recipe import Recipe
 
 RECIPE = Recipe("train", 1, {"lr": 1}, {"data": "d"})
@@ -24,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(objects: Objects, recipe: Recipe = RECIPE, **facts: object) -> Manifest:
-    return Artifacts(objects).commit(recipe, {"a": b"123", "policy/w": b"weights"}, dict(facts), 1.5)
+    return ArtifactStore(objects).commit(recipe, {"a": b"123", "policy/w": b"weights"}, dict(facts), 1.5)
 
 
 def damage(objects: Objects, key: str, how: str) -> None:
@@ -39,7 +40,7 @@ def damage(objects: Objects, key: str, how: str) -> None:
 
 def test_commit_then_find(objects: Objects, tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(b"weights")
-    artifacts = Artifacts(objects)
+    artifacts = ArtifactStore(objects)
     assert artifacts.find(RECIPE) is None
     made = artifacts.commit(RECIPE, {"policy/w": tmp_path / "w", "a.json": b"{}"}, {"rows": 3}, 1.5)
     assert artifacts.find(RECIPE) == made
@@ -49,7 +50,7 @@ def test_commit_then_find(objects: Objects, tmp_path: Path) -> None:
 
 
 def test_the_loser_of_a_race_gets_the_winners(objects: Objects) -> None:
-    artifacts = Artifacts(objects)
+    artifacts = ArtifactStore(objects)
     winner = artifacts.commit(RECIPE, {"a": b"1"}, {"exact": True}, 0)
     assert artifacts.commit(RECIPE, {"a": b"2"}, {}, 0) == winner
     assert artifacts.commit(RECIPE, {"a": b"1"}, {"exact": True}, 7) == winner
@@ -57,7 +58,7 @@ def test_the_loser_of_a_race_gets_the_winners(objects: Objects) -> None:
 
 
 def test_two_contents_of_a_reproducible_step_are_refused(objects: Objects) -> None:
-    artifacts = Artifacts(objects)
+    artifacts = ArtifactStore(objects)
     winner = artifacts.commit(RECIPE, {"a": b"1", "b": b"1"}, {"exact": True}, 0)
     with pytest.raises(StoreError, match="the first file that differs is b") as error:
         artifacts.commit(RECIPE, {"a": b"1", "b": b"2"}, {"exact": True}, 0)
@@ -67,13 +68,13 @@ def test_two_contents_of_a_reproducible_step_are_refused(objects: Objects) -> No
 
 def test_nothing_is_found_before_the_manifest(objects: Objects) -> None:
     objects.write(f"{RECIPE.path}/0123/a", b"half")
-    assert Artifacts(objects).find(RECIPE) is None
-    assert list(Artifacts(objects).manifests()) == []
+    assert ArtifactStore(objects).find(RECIPE) is None
+    assert list(ArtifactStore(objects).manifests()) == []
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
 def test_damage_is_noticed_by_every_reader(objects: Objects, how: str) -> None:
-    artifacts = made(objects), Artifacts(objects)
+    artifacts = made(objects), ArtifactStore(objects)
     manifest, artifacts = artifacts
     for name in ("a", "policy/w"):
         damage(objects, manifest.path(name), how)
@@ -90,7 +91,7 @@ def test_damage_is_noticed_by_every_reader(objects: Objects, how: str) -> None:
 
 
 def test_what_never_is_checked_is_still_noticed_when_cut(objects: Objects) -> None:
-    manifest, careless = made(objects), Artifacts(objects, "never")
+    manifest, careless = made(objects), ArtifactStore(objects, "never")
     damage(objects, manifest.path("a"), "flipped")
     assert careless.read(manifest, "a") != b"123"
     damage(objects, manifest.path("a"), "truncated")
@@ -102,10 +103,10 @@ def test_a_file_is_compared_once_a_process(
     local_store: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qrpo_core.store import artifacts as module
-    from qrpo_core.store.objects import LocalObjects
+    from qrpo_core.store.backends.local import LocalObjects
 
     objects = LocalObjects(tmp_path / "store")
-    manifest, artifacts = made(objects), Artifacts(objects)
+    manifest, artifacts = made(objects), ArtifactStore(objects)
     digested: list[str] = []
     real = module.digest_file
     monkeypatch.setattr(module, "digest_file", lambda path: digested.append(os.fspath(path)) or real(path))
@@ -114,54 +115,54 @@ def test_a_file_is_compared_once_a_process(
     assert len(digested) == 1
 
 
-def test_set_aside_it_is_made_again(objects: Objects) -> None:
-    artifacts = Artifacts(objects)
+def test_quarantined_it_is_made_again(objects: Objects) -> None:
+    artifacts = ArtifactStore(objects)
     manifest = made(objects)
     other = made(objects, OTHER)
-    path = artifacts.set_aside(manifest, "for a test")
-    assert path == f"aside/{RECIPE.step}/{RECIPE.key}/manifest.json"
+    path = artifacts.quarantine(manifest, "for a test")
+    assert path == f"quarantine/{RECIPE.step}/{RECIPE.key}/manifest.json"
     assert artifacts.find(RECIPE) is None
     assert list(artifacts.manifests()) == [other]
-    assert artifacts.set_aside(manifest, "again") == ""
+    assert artifacts.quarantine(manifest, "again") == ""
     again = made(objects)
     assert artifacts.read(again, "a") == b"123"
-    assert artifacts.set_aside(again, "again").endswith("/manifest-2.json") or again == manifest
-    told = [(each.step, each.key, each.block, each.rows) for each in Blocks(objects).aside()]
+    assert artifacts.quarantine(again, "again").endswith("/manifest-2.json") or again == manifest
+    told = [(each.step, each.key, each.block, each.rows) for each in BlockStore(objects).quarantined()]
     assert told[0] == (RECIPE.step, RECIPE.key, "manifest", 0)
 
 
-def test_a_fresh_artifact_is_not_set_aside_for_an_old_one(objects: Objects) -> None:
-    artifacts = Artifacts(objects)
+def test_a_fresh_artifact_is_not_quarantined_for_an_old_one(objects: Objects) -> None:
+    artifacts = ArtifactStore(objects)
     old = made(objects)
-    objects.delete(old.index)
+    objects.delete(old.manifest_key)
     fresh = artifacts.commit(RECIPE, {"a": b"other"}, {}, 0)
-    assert artifacts.set_aside(old, "damaged") == ""
+    assert artifacts.quarantine(old, "damaged") == ""
     assert artifacts.find(RECIPE) == fresh
 
 
-def test_an_unreadable_manifest_is_told_and_can_be_set_aside(objects: Objects) -> None:
-    artifacts = Artifacts(objects)
-    kept, hurt = sorted([made(objects), made(objects, OTHER)], key=lambda each: each.index)
+def test_an_unreadable_manifest_is_told_and_can_be_quarantined(objects: Objects) -> None:
+    artifacts = ArtifactStore(objects)
+    kept, hurt = sorted([made(objects), made(objects, OTHER)], key=lambda each: each.manifest_key)
     recipe = next(each for each in (RECIPE, OTHER) if each.key == hurt.key)
-    data = objects.read(hurt.index)
+    data = objects.read(hurt.manifest_key)
     for content in (b"", data[:-9], data.replace(b'"lr":', b'"rl":')):
-        objects.write(hurt.index, content)
+        objects.write(hurt.manifest_key, content)
         with pytest.raises(DamagedError):
             artifacts.find(recipe)
         found = []
         with pytest.raises(DamagedError, match="1 artifacts are damaged"):
             found.extend(artifacts.manifests())
         checks = {check.key: (bool(check.damage), check.manifest) for check in artifacts.check_manifests()}
-        assert checks == {kept.index: (False, kept), hurt.index: (True, None)}
-        assert artifacts.set_aside(hurt.index, "unreadable")
+        assert checks == {kept.manifest_key: (False, kept), hurt.manifest_key: (True, None)}
+        assert artifacts.quarantine(hurt.manifest_key, "unreadable")
         assert artifacts.find(recipe) is None
-    assert len(list(Blocks(objects).aside())) == 3
+    assert len(list(BlockStore(objects).quarantined())) == 3
 
 
 def test_manifests_are_those_of_a_step(objects: Objects) -> None:
     mine = made(objects)
     theirs = made(objects, Recipe("quantiles", 1))
-    artifacts = Artifacts(objects)
+    artifacts = ArtifactStore(objects)
     assert list(artifacts.manifests("train")) == [mine]
     assert list(artifacts.manifests()) == [theirs, mine]
     assert artifacts.recipes("train") == [RECIPE.to_dict()]
@@ -169,6 +170,6 @@ def test_manifests_are_those_of_a_step(objects: Objects) -> None:
 
 def test_a_name_that_it_has_not_is_missing(objects: Objects) -> None:
     with pytest.raises(MissingError, match="no file 'b'"):
-        Artifacts(objects).read(made(objects), "b")
+        ArtifactStore(objects).read(made(objects), "b")
     with pytest.raises(MissingError, match="no folder 'x'"):
-        Artifacts(objects).folder(made(objects), "x")
+        ArtifactStore(objects).folder(made(objects), "x")

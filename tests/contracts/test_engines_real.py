@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrpo_core.data.chat import Chat
+from qrpo_core.common.hashing import sample_seed
 from qrpo_core.engines.base import SampleRequest, SamplingParams
-from qrpo_core.engines.registry import make_engine
-from qrpo_core.ids import sample_seed
+from qrpo_core.engines.transformers import TransformersEngine
+from qrpo_core.models.chat import Chat
 from tests.contracts.engine_cases import scores
 
 
 @pytest.mark.slow
+@pytest.mark.long
 class TestTheRealModel:
     """The law and the agreement of log-probs on SmolLM2: real widths, thread splits and vocabulary."""
 
@@ -32,7 +33,7 @@ class TestTheRealModel:
     @pytest.mark.parametrize("top_p", [1.0, 0.9])
     def test_law_and_logprobs(self, smollm2: Path, asked: list[SampleRequest], top_p: float) -> None:
         chat = Chat.load(smollm2)
-        engine = make_engine("transformers", smollm2, dtype="bfloat16", batch_size=16, chat=chat)
+        engine = TransformersEngine(smollm2, "bfloat16", 16)
         params = SamplingParams(1.0, top_p, 6, chat.stop_token_ids)
         drawn = engine.sample(asked, params)
         assert engine.exact

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from qrpo_core.common.errors import AccessError, MissingError, StoreError
 from qrpo_core.config import StoreConfig
-from qrpo_core.errors import AccessError, MissingError, StoreError
-from qrpo_core.store import s3
-from qrpo_core.store.objects import LocalObjects, Objects, open_objects
-from qrpo_core.store.s3 import S3Objects
+from qrpo_core.store.backends import s3
+from qrpo_core.store.backends.interface import Objects
+from qrpo_core.store.backends.local import LocalObjects
+from qrpo_core.store.backends.opening import open_objects
+from qrpo_core.store.backends.s3 import S3Objects
 
 
 @pytest.fixture
@@ -52,14 +54,14 @@ class TestObjects:
         objects.delete("no/such")
 
     def test_create_succeeds_once_and_keeps_the_first(self, objects: Objects) -> None:
-        assert objects.create("c", b"first")
-        assert not objects.create("c", b"second")
-        assert not objects.create("c", b"first")
+        assert objects.put_if_absent("c", b"first")
+        assert not objects.put_if_absent("c", b"second")
+        assert not objects.put_if_absent("c", b"first")
         assert objects.read("c") == b"first"
 
     def test_of_16_racing_creators_one_wins(self, objects: Objects) -> None:
         with ThreadPoolExecutor(16) as pool:
-            won = list(pool.map(lambda i: objects.create("race", str(i).encode()), range(16)))
+            won = list(pool.map(lambda i: objects.put_if_absent("race", str(i).encode()), range(16)))
         assert sum(won) == 1
         assert objects.read("race") == str(won.index(True)).encode()
 
@@ -88,42 +90,20 @@ class TestObjects:
         objects.download("big", target)
         assert target.read_bytes() == source.read_bytes()
 
-    def test_a_file_is_created_once(self, objects: Objects, tmp_path: Path) -> None:
-        one, two = tmp_path / "one", tmp_path / "two"
-        one.write_bytes(b"1" * 1000)
-        two.write_bytes(b"2" * 1000)
-        assert objects.create_file(one, "file")
-        assert not objects.create_file(two, "file")
-        assert objects.read("file") == one.read_bytes()
-
-    @pytest.mark.parametrize("largest_put", [0, s3.LARGEST_PUT])
     @pytest.mark.usefixtures("small_parts")
-    def test_a_large_file(
-        self, objects: Objects, tmp_path: Path, largest_put: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(s3, "LARGEST_PUT", largest_put)
+    def test_a_large_file(self, objects: Objects, tmp_path: Path) -> None:
         one, two = large_file(tmp_path / "one", 12 << 20), large_file(tmp_path / "two", 11 << 20)
-        assert objects.create_file(one, "file")
-        assert not objects.create_file(two, "file")
+        objects.upload(one, "file")
         objects.download("file", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == one.read_bytes()
         objects.upload(two, "file")
         assert objects.read("file") == two.read_bytes()
         assert list(objects.keys("probe")) == list(objects.keys("tmp")) == []
 
-    @pytest.mark.usefixtures("small_parts")
-    def test_of_4_racing_large_files_one_wins(self, objects: Objects, tmp_path: Path) -> None:
-        files = [large_file(tmp_path / str(i), (11 << 20) + 1024 * i) for i in range(4)]
-        with ThreadPoolExecutor(4) as pool:
-            won = list(pool.map(lambda file: objects.create_file(file, "file"), files))
-        assert sum(won) == 1
-        assert objects.read("file") == files[won.index(True)].read_bytes()
-
     def test_a_file_that_is_not_there_is_no_missing_object(self, objects: Objects, tmp_path: Path) -> None:
-        for put in (objects.upload, objects.create_file):
-            with pytest.raises(StoreError, match="cannot read the file") as error:
-                put(tmp_path / "no", "key")
-            assert not isinstance(error.value, MissingError)
+        with pytest.raises(StoreError, match="cannot read the file") as error:
+            objects.upload(tmp_path / "no", "key")
+        assert not isinstance(error.value, MissingError)
 
     def test_delete_removes(self, objects: Objects) -> None:
         objects.write("d", b"x")
@@ -160,9 +140,8 @@ class TestLocal:
         # The store and its tmp/, the content, the folders above the object, and the object's name.
         assert synced == ["", str(tmp_path), "content", "/a", "", "/a/b"]
         for put in (
-            lambda: objects.create("a/b/d", b"x"),
+            lambda: objects.put_if_absent("a/b/d", b"x"),
             lambda: objects.upload(tmp_path / "file", "a/b/e"),
-            lambda: objects.create_file(tmp_path / "file", "a/b/f"),
         ):
             synced.clear()
             put()
@@ -226,7 +205,7 @@ class TestS3:
         for call in (
             lambda: objects.exists("x"),
             lambda: objects.read("x"),
-            lambda: objects.create("x", b""),
+            lambda: objects.put_if_absent("x", b""),
             lambda: list(objects.keys("x")),
             objects.check_conditional,
         ):
@@ -275,12 +254,12 @@ def test_a_path_without_a_bucket_is_refused() -> None:
 FULL = """
 import sys
 from pathlib import Path
-from qrpo_core.errors import AccessError, StoreError
-from qrpo_core.store.objects import LocalObjects
+from qrpo_core.common.errors import AccessError, StoreError
+from qrpo_core.store.backends.local import LocalObjects
 objects = LocalObjects(Path(sys.argv[1]))
 small, large = b"s" * 5000, b"l" * 1000000
-assert objects.create("kept", small)
-for put in (lambda: objects.write("kept", large), lambda: objects.create("new", large)):
+assert objects.put_if_absent("kept", small)
+for put in (lambda: objects.write("kept", large), lambda: objects.put_if_absent("new", large)):
     try:
         put()
     except StoreError as error:
@@ -290,16 +269,16 @@ for put in (lambda: objects.write("kept", large), lambda: objects.create("new", 
         raise AssertionError("written")
 assert objects.read("kept") == small
 assert list(objects.keys("")) == ["kept"], list(objects.keys(""))
-assert objects.create("new", small)
+assert objects.put_if_absent("new", small)
 """
 
 READ_ONLY = """
 import sys
 from pathlib import Path
-from qrpo_core.errors import AccessError, StoreError
-from qrpo_core.store.objects import LocalObjects
+from qrpo_core.common.errors import AccessError, StoreError
+from qrpo_core.store.backends.local import LocalObjects
 objects = LocalObjects(Path(sys.argv[1]))
-for put in (objects.write, objects.create):
+for put in (objects.write, objects.put_if_absent):
     try:
         put("new", b"x")
     except StoreError as error:

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qrpo_core.common.errors import DataError
+from qrpo_core.common.schemas import STATUSES
 from qrpo_core.config import RewardConfig
-from qrpo_core.errors import DataError
-from qrpo_core.records import STATUSES
-from qrpo_core.rewards.base import CheckedReward, Reward, RewardRequest, Score
-from qrpo_core.rewards.registry import check_references, make_reward, needs_reference, refuse_references
+from qrpo_core.rewards.base import Reward, RewardRequest, Score, refuse
+from qrpo_core.rewards.registry import check_ground_truths, make_reward
 from tests.rounding import reordered
 
 SUM = {
@@ -31,7 +31,7 @@ FACTORS = {
     "entry": {"question": "6", "answer": "2 × 3", "metadata": {"number": 6}},
 }
 
-# kind: its section, and references of the forms that it takes.
+# kind: its section, and ground truths of the forms that it takes.
 KINDS: dict[str, tuple[dict, list[object]]] = {
     "number": ({}, [3, -0.5, "#### 1,234", "$3"]),
     "exact": ({}, ["3", "Paris", 12]),
@@ -88,6 +88,10 @@ class _Judge(BaseHTTPRequestHandler):
         pass
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # four threads of 16 requests each connect at once
+
+
 @pytest.fixture(scope="module", autouse=True)
 def outside(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A tiny classifier, a judge on loopback and a module with a function, for the kinds that need one."""
@@ -102,7 +106,7 @@ def outside(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         LlamaForSequenceClassification(shape).save_pretrained(folder / "model")
     (folder / "contract_scorer.py").write_text(SCORER)
     sys.path.insert(0, str(folder))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
+    server = _Server(("127.0.0.1", 0), _Judge)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -162,14 +166,14 @@ def config(kind: str) -> RewardConfig:
     return RewardConfig(kind=kind, **KINDS[kind][0])
 
 
-def request(text: str, reference: object, row: int = 0) -> RewardRequest:
-    encoded = None if reference is None else json.dumps(reference)
+def request(text: str, ground_truth: object, row: int = 0) -> RewardRequest:
+    encoded = None if ground_truth is None else json.dumps(ground_truth)
     return RewardRequest(f"prompt-{row}", row, (("user", "?"),), text, encoded)
 
 
 def rows(kind: str) -> list[RewardRequest]:
-    references = KINDS[kind][1]
-    return [request(text, references[i % len(references)], i) for i, text in enumerate(NASTY)]
+    ground_truths = KINDS[kind][1]
+    return [request(text, ground_truths[i % len(ground_truths)], i) for i, text in enumerate(NASTY)]
 
 
 def same(kind: str, found: Sequence[Score], wanted: Sequence[Score]) -> bool:
@@ -214,7 +218,7 @@ def test_a_score_depends_on_its_row_alone(kind: str, data: st.DataObject) -> Non
     # Not on batch, order, thread, or what was scored before.
     texts = st.one_of(st.sampled_from(NASTY[:-3]), st.text(max_size=30))
     drawn = data.draw(st.lists(st.tuples(texts, st.sampled_from(KINDS[kind][1])), min_size=1, max_size=6))
-    requests = [request(text, reference, row) for row, (text, reference) in enumerate(drawn)]
+    requests = [request(text, ground_truth, row) for row, (text, ground_truth) in enumerate(drawn)]
     together = reward(kind).score(requests)
     order = data.draw(st.permutations(range(len(requests))))
     shuffled = reward(kind).score([requests[place] for place in order])
@@ -272,41 +276,41 @@ def test_no_rows_no_scores(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_reference_is_refused_before_anything_is_scored(kind: str) -> None:
+def test_a_missing_ground_truth_is_refused_before_anything_is_scored(kind: str) -> None:
     calls: list[int] = []
     present = request("3", KINDS[kind][1][0], 0)
     missing = request("3", None, 1)
-    if not needs_reference(config(kind)):
+    if not make_reward(config(kind)).needs_ground_truth:
         assert [score.status for score in reward(kind).score([present, missing])] == ["ok", "ok"]
-        assert check_references(config(kind), [("prompt-1", None)]) == []
+        assert check_ground_truths(config(kind), [("prompt-1", None)]) == []
         return
     with pytest.raises(DataError) as caught:
         reward(kind).score([present, missing], calls.append)
     assert calls == []
     assert caught.value.where == "prompt prompt-1"
-    assert "no reference" in caught.value.message
+    assert "no ground truth" in caught.value.message
     assert caught.value.remedy
-    with pytest.raises(DataError, match="no reference"):
-        refuse_references(config(kind), [("prompt-1", None)])
+    with pytest.raises(DataError, match="no ground truth"):
+        refuse(make_reward(config(kind)), [("prompt-1", None)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_unusable_reference_is_told_with_its_row(kind: str) -> None:
-    good = request("", KINDS[kind][1][0]).reference
-    problems = check_references(config(kind), [("a", None), ("b", good), ("c", None), ("d", good)])
-    if not needs_reference(config(kind)):
+def test_every_unusable_ground_truth_is_told_with_its_row(kind: str) -> None:
+    good = request("", KINDS[kind][1][0]).ground_truth
+    problems = check_ground_truths(config(kind), [("a", None), ("b", good), ("c", None), ("d", good)])
+    if not make_reward(config(kind)).needs_ground_truth:
         assert problems == []
         return
     assert [(each.row, each.prompt_id) for each in problems] == [(0, "a"), (2, "c")]
-    assert all("no reference" in each.problem and each.remedy for each in problems)
-    with pytest.raises(DataError, match=r"no reference.*and 1 more.*prompt a"):
-        refuse_references(config(kind), [("a", None), ("b", good), ("c", None)])
+    assert all("no ground truth" in each.problem and each.remedy for each in problems)
+    with pytest.raises(DataError, match=r"no ground truth.*and 1 more.*prompt a"):
+        refuse(make_reward(config(kind)), [("a", None), ("b", good), ("c", None)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_references_of_this_suite_pass_the_check(kind: str) -> None:
-    references = [(str(row), request("", value).reference) for row, value in enumerate(KINDS[kind][1])]
+def test_the_ground_truths_of_this_suite_pass_the_check(kind: str) -> None:
+    ground_truths = [(str(row), request("", value).ground_truth) for row, value in enumerate(KINDS[kind][1])]
     made = reward(kind)
-    assert isinstance(made.needs_reference, bool)  # type: ignore[attr-defined]
-    checked: CheckedReward = made  # type: ignore[assignment]
-    assert checked.problems(references) == []
+    assert isinstance(made.needs_ground_truth, bool)  # type: ignore[attr-defined]
+    checked: Reward = made  # type: ignore[assignment]
+    assert checked.problems(ground_truths) == []

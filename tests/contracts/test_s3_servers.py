@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from qrpo_core.common.errors import AccessError, MissingError, StoreError
 from qrpo_core.config import StoreConfig
-from qrpo_core.errors import AccessError, MissingError, StoreError
-from qrpo_core.store import s3
-from qrpo_core.store.objects import open_objects
-from qrpo_core.store.s3 import S3Objects
+from qrpo_core.store.backends import s3
+from qrpo_core.store.backends.opening import open_objects
+from qrpo_core.store.backends.s3 import S3Objects
 
 pytestmark = pytest.mark.usefixtures("aws_keys")
 BUCKET = "bucket"
@@ -195,24 +195,8 @@ def test_moto_passes(moto: str) -> None:
     assert list(objects.keys("")) == []
 
 
-def test_moto_keeps_one_of_two_large_files(
-    moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_bucket(moto)
-    monkeypatch.setattr(s3, "LARGEST_PUT", 0)
-    monkeypatch.setattr(s3, "PART", 5 << 20)
-    objects = open_objects(store_at(moto))
-    (tmp_path / "one").write_bytes(b"1" * (11 << 20))
-    (tmp_path / "two").write_bytes(b"2" * (11 << 20))
-    assert objects.create_file(tmp_path / "one", "file")
-    assert not objects.create_file(tmp_path / "two", "file")
-    assert objects.read("file") == (tmp_path / "one").read_bytes()
-
-
 @pytest.mark.parametrize("theirs", [None, b"somebody else's", "ours"])
-@pytest.mark.parametrize("create", [True, False])
 def test_an_upload_that_is_gone_after_an_answer_was_lost(
-    create: bool,
     theirs: bytes | str | None,
     fake: Callable[[type[FakeServer]], S3Objects],
     tmp_path: Path,
@@ -220,21 +204,16 @@ def test_an_upload_that_is_gone_after_an_answer_was_lost(
 ) -> None:
     """Whose object is there then is seen from its content."""
     monkeypatch.setattr(s3, "PART", 1000)
-    monkeypatch.setattr(s3, "LARGEST_PUT", 0)
     source = tmp_path / "file"
     source.write_bytes(bytes(range(250)) * 10)
     objects = fake(ForgetsUploads)
-    monkeypatch.setattr(objects, "_check_multipart", lambda: None)
     ForgetsUploads.left_behind = source.read_bytes() if theirs == "ours" else theirs
-    put = objects.create_file if create else objects.upload
     if theirs == "ours":
-        assert put(source, "file") in (True, None)
+        objects.upload(source, "file")
         assert objects.read("file") == source.read_bytes()
-    elif create and theirs is not None:
-        assert not put(source, "file")
     else:
         with pytest.raises(StoreError, match="upload is gone") as error:
-            put(source, "file")
+            objects.upload(source, "file")
         assert not isinstance(error.value, MissingError)
 
 
@@ -245,19 +224,6 @@ def test_nanio_ignores_the_condition_and_is_refused(nanio: str, tmp_path: Path) 
         objects.check_conditional()
     assert "SeaweedFS" in str(error.value)
     assert f"{BUCKET}/x/probe/" in str(error.value)
-    assert list(objects.keys("")) == []
-
-
-@pytest.mark.slow
-def test_nanio_ignores_the_condition_of_multipart_uploads_too(
-    nanio: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3, "PART", 5 << 20)
-    monkeypatch.setattr(s3, "LARGEST_PUT", 0)
-    objects = open_objects(store_at(nanio))
-    (tmp_path / "file").write_bytes(b"1" * (11 << 20))
-    with pytest.raises(StoreError, match="ignores the condition of multipart uploads"):
-        objects.create_file(tmp_path / "file", "file")
     assert list(objects.keys("")) == []
 
 
@@ -282,7 +248,7 @@ def test_a_server_that_refuses_the_condition_is_refused(
 def test_a_conflict_of_conditional_puts_is_tried_again(
     fake: Callable[[type[FakeServer]], S3Objects],
 ) -> None:
-    assert fake(Conflicts).create("x", b"x")
+    assert fake(Conflicts).put_if_absent("x", b"x")
     assert Conflicts.objects["asked"] == b"..."
 
 
@@ -297,7 +263,7 @@ def test_no_bucket_is_said(moto: str, tmp_path: Path) -> None:
     objects = open_objects(store_at(moto, "s3://no-such-bucket/x"))
     for call in (
         lambda: objects.write("x", b""),
-        lambda: objects.create("x", b""),
+        lambda: objects.put_if_absent("x", b""),
         lambda: objects.read("x"),
         lambda: list(objects.keys("x")),
         objects.check_conditional,

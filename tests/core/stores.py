@@ -7,12 +7,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from qrpo_core.common.schemas import REWARDS
 from qrpo_core.config import Experiment
-from qrpo_core.inventory.garbage import Garbage, delete, garbage
-from qrpo_core.inventory.uses import known_prompts
-from qrpo_core.plan import plan
-from qrpo_core.steps import prompts
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.inspection.plan import plan
+from qrpo_core.maintenance.gc import Garbage, delete, garbage
+from qrpo_core.maintenance.in_use import known_prompts
+from qrpo_core.pipeline import prompts
+from qrpo_core.pipeline.workspace import Workspace
 
 NOW = timedelta(seconds=-1)  # older than this: everything
 REWARD = {"kind": "length", "min_words": 4, "max_words": 8}
@@ -34,7 +37,7 @@ def planned(experiment: Experiment) -> list[tuple[str, int, int]]:
 
 
 def collect(*experiments: Experiment, older: timedelta = NOW) -> list[Garbage]:
-    return garbage([Workspace(each) for each in experiments], datetime.now(UTC) - older)
+    return garbage([Workspace(each) for each in experiments], datetime.now(UTC) - older).garbage
 
 
 def sweep(*experiments: Experiment, older: timedelta = NOW) -> list[Garbage]:
@@ -73,3 +76,21 @@ class Cutting:
             raise Cut
         self._left -= 1
         self._objects.delete(key)
+
+
+def reward_rows(reward: float, rows: list[tuple[str, str]]) -> pa.Table:
+    """REWARDS rows of prompt a, a (status, detail) each; `reward` where the status is ok."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "prompt_id": "a",
+                "sample_index": at,
+                "ground_truth_digest": "",
+                "status": status,
+                "detail": detail,
+                "reward": reward if status == "ok" else None,
+            }
+            for at, (status, detail) in enumerate(rows)
+        ],
+        schema=REWARDS,
+    )

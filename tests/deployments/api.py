@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 
-from flows.server import PrefectServer
+from flows.service.server import PrefectServer
 from qrpo_core.config import Experiment
-from qrpo_core.steps.chain import reference_steps
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.pipeline.experiment_steps import reference_steps
+from qrpo_core.pipeline.workspace import Workspace
 
 
 def request(url: str, method: str, path: str, body: dict[str, Any], **more: Any) -> Any:
@@ -36,13 +36,18 @@ def ask(server: PrefectServer, method: str, path: str, **body: Any) -> Any:
 
 
 def start(server: PrefectServer, deployment: str, experiment: dict[str, Any], **more: Any) -> str:
+    """Start a run of an experiment, of which every setting is given; its id. more : further parameters."""
+    return submit_form(server, deployment, {"settings": experiment}, **more)
+
+
+def submit_form(server: PrefectServer, deployment: str, form: dict[str, Any], **more: Any) -> str:
     """Create a run of a deployment, as the button of the UI does; its id. more : further parameters."""
     found = ask(server, "GET", f"/deployments/name/{deployment}/{deployment}")
     path = f"/deployments/{found['id']}/create_flow_run"
-    return str(ask(server, "POST", path, parameters={"experiment": experiment, **more})["id"])
+    return str(ask(server, "POST", path, parameters={"experiment": form, **more})["id"])
 
 
-def end(server: PrefectServer, run: str, log: Path, seconds: float = 90) -> dict[str, Any]:
+def end(server: PrefectServer, run: str, log: Path, seconds: float = 600) -> dict[str, Any]:
     """Wait until a run has ended; the run."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -53,7 +58,7 @@ def end(server: PrefectServer, run: str, log: Path, seconds: float = 90) -> dict
     raise AssertionError(f"still {found['state']}\n{log.read_text()}")
 
 
-def said(server: PrefectServer, run: str, pattern: str, seconds: float = 20) -> None:
+def said(server: PrefectServer, run: str, pattern: str, seconds: float = 300) -> None:
     """Wait for a line of the run's log (they come in batches)."""
     deadline = time.monotonic() + seconds
     while True:
@@ -69,6 +74,6 @@ def references(experiment: Experiment) -> Counter[int]:
     workspace = Workspace(experiment)
     rows: Counter[str] = Counter()
     for block in workspace.blocks.committed(reference_steps(workspace)[0].recipe):
-        for run in block.runs:
-            rows[run.key] += run.count
+        for row_range in block.ranges:
+            rows[row_range.key] += row_range.count
     return Counter(rows.values())

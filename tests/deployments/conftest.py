@@ -13,9 +13,9 @@ import prefect  # noqa: F401  (it remembers the address that the environment had
 import pytest
 import yaml
 
-from flows.deploy import ROOT
-from flows.server import PrefectServer, prefect_server
-from qrpo_core.experiments import load_experiment
+from flows.service.deploy import ROOT
+from flows.service.server import PrefectServer, prefect_server
+from qrpo_core.config.reading import load_experiment
 from tests.flows.small import small
 from tests.prefect_home import prefect_home
 
@@ -37,7 +37,11 @@ def deploy(server: PrefectServer) -> Callable[[], str]:
 
     def run() -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.deploy"], cwd=ROOT, capture_output=True, text=True, timeout=120
+            [sys.executable, "-m", "flows.service.deploy"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -62,7 +66,7 @@ def working(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     log = folder / "log"
     with log.open("wb") as out:
         started = subprocess.Popen(
-            [sys.executable, "-m", "flows.workers"],
+            [sys.executable, "-m", "flows.service.workers"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(folder), "PREFECT_LOGGING_COLORS": "false"},
             stdout=out,
@@ -74,7 +78,7 @@ def working(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     finally:
         if started.poll() is None:
             started.terminate()
-        started.wait(60)
+        started.wait(300)
 
 
 @pytest.fixture

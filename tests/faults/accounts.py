@@ -17,8 +17,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from qrpo_core.errors import MissingError
-from qrpo_core.ids import digest_bytes
+from qrpo_core.common.errors import MissingError
+from qrpo_core.common.hashing import digest_bytes
 
 #: (step, row key, sample_index).
 Row = tuple[str, str, int]
@@ -123,7 +123,7 @@ def whole(objects: Any, manifest: dict[str, Any]) -> bool:
 
 def rows_of(manifest: dict[str, Any]) -> list[tuple[str, int]]:
     """(row key, sample_index) of a block's rows."""
-    return [(key, first + i) for key, first, count in manifest["runs"] for i in range(count)]
+    return [(key, first + i) for key, first, count in manifest["ranges"] for i in range(count)]
 
 
 def contents(objects: Any) -> Iterator[tuple[Row, dict[str, Any]]]:

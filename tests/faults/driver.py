@@ -1,8 +1,8 @@
 """One run of the pre-computation in a process of its own, which notes what it buys and dies where it is told.
 
-It is the flow `precompute` as it stands: its body, `tasks.rounds`, the steps and the store. Only Prefect's
-engine is left out, which costs seconds a run: the functions that its tasks wrap are called directly. The same
-through `qrpo run` is in test_command_line.py.
+It is the flow `precompute` as it stands: its body, the stages of `tasks`, the steps and the store. Only
+Prefect's engine is left out, which costs seconds a run: the functions inside its tasks are called directly.
+The same through `qrpo run` is in test_command_line.py.
 
 The journal has one line an event. ``begin`` stands there before a block's rows are computed, with the length
 that the journal had when the store was last asked for them; ``commit`` once they are known to be in it.
@@ -23,10 +23,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 #: Exit statuses are those of the command line.
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
+
+#: The state of a task that ran without Prefect's engine.
+FINISHED = SimpleNamespace(name="Completed", result=lambda: None)
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,9 @@ class WatchedObjects:
         with self._watch.around("rows" if "/rows/" in key else "file"):
             self._objects.write(key, data)
 
-    def create(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes) -> bool:
         with self._watch.around("manifest" if "/index/" in key else "create"):
-            return bool(self._objects.create(key, data))
+            return bool(self._objects.put_if_absent(key, data))
 
 
 class DirectBlock:
@@ -141,15 +145,16 @@ class DirectBlock:
         self._function, self._watch = function, watch
 
     def __call__(
-        self, title: str, step: Any, plan: Any, workspace: Any, advance: Callable[[int], None]
-    ) -> None:
+        self, title: str, step: Any, plan: Any, workspace: Any, advance: Callable[[int], None], **_: Any
+    ) -> Any:
         step, plan, workspace = (each.unwrap() for each in (step, plan, workspace))
-        rows = {"step": plan.recipe.step, "rows": list(plan.pairs())}
+        rows = {"step": plan.recipe.step, "rows": list(plan.row_ids())}
         self._watch.stage = plan.recipe.step
         self._watch.at("begin")
         self._watch.note("begin", looked=self._watch.looked, **rows)
         self._function(title, step, plan, workspace, advance)
         self._watch.note("commit", **rows)
+        return FINISHED
 
 
 @contextmanager
@@ -181,7 +186,7 @@ def main(job: Job) -> None:
     except KeyboardInterrupt:
         status = INTERRUPTED
     except Exception as error:
-        from qrpo_core.errors import QRPOError
+        from qrpo_core.common.errors import QRPOError
 
         if not isinstance(error, QRPOError):
             raise
@@ -193,44 +198,46 @@ def main(job: Job) -> None:
 
 def _run(job: Job, watch: Watch) -> None:
     from flows import precompute
-    from qrpo_core.experiments import parse_experiment
-    from qrpo_core.preflight import check
-    from qrpo_core.steps import workspace
-    from qrpo_core.store.blocks import Blocks
-    from tasks import blocks, rounds
+    from qrpo_core.config.reading import parse_experiment
+    from qrpo_core.pipeline import workspace
+    from qrpo_core.pipeline.preflight import check
+    from qrpo_core.store.blocks.block_store import BlockStore
+    from tasks import pipeline_run, prepare_prompts, row_stages
     from tasks.stages import Stage
 
-    def make(_: Any, stage: str, recipe: Any, build: Callable[[], Any]) -> Stage:
-        if stage == job.until:
+    def artifact_stage(
+        _: Any, name: str, recipe: Any, build: Callable[[], Any], inputs: Any = ()
+    ) -> tuple[Stage, Any]:
+        if name == job.until:
             sys.exit(DONE)
-        watch.stage = stage
+        watch.stage = name
         watch.at("begin")
         build()
-        return Stage(stage, 0, 1, "Completed", 0.0)
+        return Stage(name, 0, 1, "Completed", 0.0), FINISHED
 
     @contextmanager
     def progress(*_: Any) -> Iterator[Callable[[int], None]]:
         yield watch.row
 
-    def still_missing(blocks: Blocks, plan: Any) -> Any:
+    def still_missing(blocks: BlockStore, plan: Any) -> Any:
         watch.look()
         return asked(blocks, plan)
 
-    opened, asked = workspace.open_objects, Blocks.still_missing
+    opened, asked = workspace.open_objects, BlockStore.still_missing
     patches: list[tuple[Any, str, Any]] = [
         (workspace, "open_objects", lambda config: WatchedObjects(opened(config), watch)),
-        (precompute, "make", make),
-        (precompute, "publish_plan", lambda workspace: None),
-        (precompute, "publish_stages", lambda stages: None),
-        (precompute, "tell", lambda *_: None),
-        (rounds, "make", make),
-        (blocks, "make", make),
-        (blocks, "compute_block", DirectBlock(blocks.compute_block.fn, watch)),
-        (blocks, "stage_progress", progress),
-        (rounds, "stage_progress", lambda *_: nullcontext(lambda count: None)),
-        (blocks, "announce", lambda *_: None),
-        (blocks, "announce_problem", lambda text: watch.note("problem", text=text)),
-        (Blocks, "still_missing", still_missing),
+        (pipeline_run, "artifact_stage", artifact_stage),
+        (pipeline_run, "publish_plan", lambda workspace: None),
+        (pipeline_run, "publish_stages", lambda stages: None),
+        (precompute, "emit_event", lambda *_: None),
+        (row_stages, "artifact_stage", artifact_stage),
+        (row_stages, "compute_block", DirectBlock(row_stages.compute_block.fn, watch)),
+        (row_stages, "rows_complete", lambda *_, **__: FINISHED),
+        (row_stages, "stage_progress", progress),
+        (prepare_prompts, "stage_progress", lambda *_: nullcontext(lambda count: None)),
+        (row_stages, "announce", lambda *_: None),
+        (row_stages, "announce_problem", lambda text: watch.note("problem", text=text)),
+        (BlockStore, "still_missing", still_missing),
         (os, "link", _linked(os.link, watch)),
     ]
     for owner, name, value in patches:  # of a process that does nothing else afterwards

@@ -10,12 +10,14 @@ import transformers.models.auto.tokenization_auto
 import transformers.models.llama.modeling_llama
 
 import flows.precompute
-import qrpo_core.data.chat
 import qrpo_core.engines.fake
-import qrpo_core.engines.hf
-import qrpo_core.preflight
-import qrpo_core.rewards.dense
+import qrpo_core.engines.transformers
+import qrpo_core.models.chat
+import qrpo_core.pipeline.preflight
+import qrpo_core.rewards.length
+import qrpo_core.rewards.sentiment
+import qrpo_core.rewards.weighted
 from qrpo_core.config import StoreConfig
-from qrpo_core.store.objects import open_objects
+from qrpo_core.store.backends.opening import open_objects
 
 open_objects(StoreConfig(path="s3://nothing", region="us-east-1"))  # asks nobody; botocore reads its tables

@@ -7,9 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from qrpo_core.records import LOGPROBS
-from qrpo_core.store.blocks import BlockManifest, BlockPlan, Blocks, Wanted
-from qrpo_core.store.objects import Objects
+from qrpo_core.common.schemas import LOGPROBS
+from qrpo_core.store.backends.interface import Objects
+from qrpo_core.store.blocks.block_store import BlockStore
+from qrpo_core.store.blocks.manifest import BlockManifest
+from qrpo_core.store.blocks.planning import BlockPlan, Wanted
 from qrpo_core.store.recipe import Recipe
 
 RECIPE = Recipe("logprob", 1, {"precision": "fp32"}, {"policy": "p"})
@@ -27,13 +29,13 @@ def rows(pairs: Sequence[tuple[str, int]], value: float = 0.0) -> pa.Table:
     )
 
 
-def commit(blocks: Blocks, plan: BlockPlan, value: float = 0.0, **facts: Any) -> BlockManifest:
+def commit(blocks: BlockStore, plan: BlockPlan, value: float = 0.0, **facts: Any) -> BlockManifest:
     """Compute a plan's rows, in another order than planned, and commit them."""
-    table = rows(list(plan.pairs())[::-1], value)
+    table = rows(list(plan.row_ids())[::-1], value)
     return blocks.commit(plan, table, LOGPROBS, 0.1, **facts)
 
 
-def fill(blocks: Blocks, wanted: Wanted, rows_per_block: int = 4, **facts: Any) -> int:
+def fill(blocks: BlockStore, wanted: Wanted, rows_per_block: int = 4, **facts: Any) -> int:
     """Compute and commit what is missing; returns the rows that were."""
     plans = blocks.plan(RECIPE, wanted, rows_per_block)
     for plan in plans:
@@ -41,7 +43,7 @@ def fill(blocks: Blocks, wanted: Wanted, rows_per_block: int = 4, **facts: Any) 
     return sum(plan.rows for plan in plans)
 
 
-def read(blocks: Blocks, wanted: Wanted) -> pa.Table:
+def read(blocks: BlockStore, wanted: Wanted) -> pa.Table:
     """The rows of `wanted`."""
     return blocks.read(RECIPE, wanted, LOGPROBS)
 
@@ -58,7 +60,7 @@ class Dying:
 
     def __getattr__(self, name: str) -> Any:
         verb = getattr(self.objects, name)
-        if name not in ("write", "create", "delete"):
+        if name not in ("write", "put_if_absent", "delete"):
             return verb
 
         def dying(*arguments: Any) -> Any:

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from qrpo_core.config import StoreConfig
-from qrpo_core.store.objects import Objects
+from qrpo_core.store.backends.interface import Objects
 from tests.faults.accounts import Outcome, blocks_in, total
 from tests.faults.driver import DONE, INTERRUPTED, REFUSED
 from tests.faults.scene import Run, Scene, Truth, counted
 
 #: Stages in their order, and what the table calls them.
 STAGES = {
-    "prompts": "prompts",
+    "prepare prompts": "prompts",
     "sample": "sampling",
     "reward": "annotation",
-    "quantiles": "quantiles",
+    "compute quantiles": "quantiles",
     "logprob": "log-probs",
-    "training set": "training set",
+    "assemble training set": "training set",
 }
 _BLOCKS = ("sample", "reward", "logprob")
 
@@ -82,7 +82,7 @@ def sigkills(ground: Ground, kills: int, seed: int) -> Outcome:
 
 def _stages(count: int, rng: random.Random) -> list[str]:
     """Where to kill next, in the order of a run: each stage of rows at least once."""
-    stages = [*_BLOCKS, "quantiles", *rng.choices(_BLOCKS, k=max(count - 4, 0))]
+    stages = [*_BLOCKS, "compute quantiles", *rng.choices(_BLOCKS, k=max(count - 4, 0))]
     return sorted(stages, key=list(STAGES).index)
 
 

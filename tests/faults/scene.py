@@ -15,20 +15,20 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from qrpo_core.common.schemas import TRAINING_SET
 from qrpo_core.config import Experiment, StoreConfig
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.inventory.check import verify
-from qrpo_core.records import TRAINING_SET
-from qrpo_core.steps.chain import stored_chain
-from qrpo_core.steps.tables import load
-from qrpo_core.steps.workspace import Workspace
-from qrpo_core.store.objects import Objects, open_objects
+from qrpo_core.config.reading import parse_experiment
+from qrpo_core.maintenance.verify import verify
+from qrpo_core.pipeline.experiment_steps import stored_steps
+from qrpo_core.pipeline.workspace import Workspace
+from qrpo_core.store.backends.interface import Objects
+from qrpo_core.store.backends.opening import open_objects
 from tests.faults import driver
 from tests.faults.accounts import Journal, Outcome, Row, account, blocks_in, contents, rows_of, same, whole
 from tests.faults.driver import DONE, Job
 
 #: The longest that a run may take, seconds; a run that hangs fails its test.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 _context = multiprocessing.get_context("forkserver")
 _ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def settings(folder: Path, model: Path, prompts: int = 9) -> dict[str, Any]:
         "prompts": {
             "kind": "file",
             "path": str(questions),
-            "reference_field": "answer",
+            "ground_truth_field": "answer",
             "held_out": 0.3,
         },
         "sampling": {"engine": "fake", "references_per_prompt": 4, "max_new_tokens": 12},
@@ -179,13 +179,13 @@ class Scene:
         self.journal.note("destroyed", step=step, rows=rows_of(manifest))
 
     def repair(self) -> int:
-        """`qrpo verify --repair`: how many manifests it set aside."""
-        return len(verify(Workspace(self._parsed(4)), repair=True).aside)
+        """`qrpo verify --repair`: how many manifests it quarantined."""
+        return len(verify(Workspace(self._parsed(4)), repair=True).quarantined)
 
     def training_set(self, references: int) -> list[dict[str, Any]]:
         workspace = Workspace(self._parsed(references))
-        made = workspace.artifacts.get(stored_chain(workspace).first.training_set)
-        table = load(workspace, made, "training_set.parquet", TRAINING_SET)
+        made = workspace.artifacts.get(stored_steps(workspace).first.training_set_recipe)
+        table = workspace.load(made, "training_set.parquet", TRAINING_SET)
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
 

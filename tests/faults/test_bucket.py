@@ -10,6 +10,7 @@ from tests.faults.scenarios import Ground
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_sigkill_at_20_random_moments(bucket: Ground) -> None:
     outcome = scenarios.sigkills(bucket, 20, seed=0).check()
     assert outcome.injected == 20
@@ -23,14 +24,18 @@ def test_sigkill_between_the_steps_of_a_commit(bucket: Ground) -> None:
     assert "after manifest" in outcome.detail
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_what_was_done(bucket: Ground) -> None:
     scenarios.interrupts(bucket, 3, seed=2).check()
 
 
+@pytest.mark.long
 def test_16_processes_race_for_the_same_blocks(bucket: Ground) -> None:
-    assert scenarios.race(bucket, 16, until="quantiles").check().twice > 0
+    races = (scenarios.race(bucket, 16, until="compute quantiles").check() for _ in range(5))
+    assert any(race.twice for race in races)  # in one of them at least they met
 
 
+@pytest.mark.long
 def test_two_runs_with_different_budgets(bucket: Ground) -> None:
     scenarios.two_budgets(bucket).check()
 
@@ -40,9 +45,11 @@ def test_damaged_blocks_are_made_again(bucket: Ground) -> None:
     assert outcome.destroyed > 0
 
 
+@pytest.mark.long
 def test_damaged_artifacts_are_made_again(bucket: Ground) -> None:
     scenarios.damaged_artifacts(bucket, seed=4).check()
 
 
+@pytest.mark.long
 def test_a_clock_that_jumps(bucket: Ground) -> None:
     scenarios.jumping_clock(bucket, 3, seed=6).check()

@@ -15,13 +15,13 @@ import pytest
 import yaml
 
 from qrpo_core.config import StoreConfig
-from qrpo_core.store.objects import open_objects
+from qrpo_core.store.backends.opening import open_objects
 from tests.faults.accounts import Row, contents
 from tests.faults.driver import INTERRUPTED
 from tests.faults.scene import Scene, Truth, settings
 from tests.prefect_home import prefect_home
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 #: The longest that a step of a run may take on a busy machine, seconds.
 PATIENCE = 120.0
@@ -97,7 +97,7 @@ def test_qrpo_run_survives_sigkill_and_ctrl_c(
     _wait_for_blocks(store, "logprob", 2, second)
     second.send(signal.SIGINT)
     assert second.wait() == INTERRUPTED, second.printed
-    assert second.printed.splitlines()[-1].startswith("qrpo: interrupted; what was committed stays")
+    assert second.printed.splitlines()[-1].startswith("qrpo: interrupted; committed results stay")
     assert "Traceback" not in second.printed
     later = _rows(store)
     samples = sum(row[0] == "sample" for row in later)

@@ -11,7 +11,7 @@ import prefect  # noqa: F401  (it remembers the address that the environment had
 import pytest
 from prefect.settings import temporary_settings
 
-from flows.server import PrefectServer
+from flows.service.server import PrefectServer
 from tests.prefect_home import prefect_home
 
 
@@ -43,8 +43,8 @@ def server(running: tuple[PrefectServer, Path]) -> Iterator[PrefectServer]:
     """The session's server, which runs of the module are recorded by; others' runs are there, too."""
     server, home = running
     own: dict[Any, Any] = {"api.url": server.url, "flows.heartbeat_frequency": None}
-    with pytest.MonkeyPatch.context() as patch, temporary_settings(own), server.seen.watching():
+    with pytest.MonkeyPatch.context() as patch, temporary_settings(own), server.tracker.tracking():
         patch.setenv("PREFECT_HOME", str(home))
         patch.setenv("PREFECT_API_URL", server.url)
         yield server
-        server.settle()
+        server.flush()

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from flows.server import PrefectServer
+from flows.service.server import PrefectServer
+from qrpo_core.common.schemas import COMPLETIONS
 from qrpo_core.config import Experiment, StoreConfig
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.plan import plan
-from qrpo_core.records import COMPLETIONS
-from qrpo_core.show import report_path, result_lines, results
-from qrpo_core.steps.chain import stored_chain
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.config.reading import parse_experiment
+from qrpo_core.inspection.plan import plan
+from qrpo_core.inspection.result import report_path, result_lines, results
+from qrpo_core.pipeline.experiment_steps import stored_steps
+from qrpo_core.pipeline.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,7 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     made = results(workspace)
     text = "\n".join(result_lines(workspace))
     assert "Mean reward before" in text
-    assert "Normalisation check (empirical)" in text
+    assert "Normalisation check (tie_aware)" in text
     assert "Judge brevity: difference, paired" in text
     judge = made.evaluate.facts["result"]["judges"]["brevity"]
     scores = [first[f"judge brevity held-out, {when}"] for when in ("before", "after")]
@@ -122,17 +122,16 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     before = datetime.now(UTC)
     again = align(wanted)
     assert all(stage.state == "Cached" and not stage.computed for stage in again.values())
-    server.settle()
-    coarse = {"prompts", "check rows", "quantiles", "training set", "train", "evaluate", "report"}
-    assert sum(cached_task_runs(before).values()) == len(coarse)
+    server.flush()
+    assert sum(cached_task_runs(before).values()) == len(again)
     assert {"stages", "evaluation", "result"} <= artifact_keys()
 
-    samples = stored_chain(workspace).first.row_steps[0]
+    samples = stored_steps(workspace).first.row_steps[0]
     old = workspace.blocks.read(samples.recipe, samples.wanted, COMPLETIONS)
     doubled = experiment(tiny_model, tmp_path / "store", sampling={"references_per_prompt": 8})
     announced = {stage.stage: stage.missing for stage in plan(Workspace(doubled))}
     third = align(doubled)
-    for stage in ("sample references", "score references", "reference log-probs"):
+    for stage in ("sample references", "annotate references", "score reference log-probs"):
         assert third[stage].computed == len(old) == announced[stage]
         assert third[stage].reused == len(old)
     assert third["sample held-out, before"].computed == 0
@@ -140,6 +139,7 @@ def test_from_nothing_to_a_report_then_cached_then_a_larger_budget(
     assert kept.equals(old)
 
 
+@pytest.mark.long
 def test_the_real_engine_and_one_flow_at_a_time(
     server: PrefectServer, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -152,10 +152,10 @@ def test_the_real_engine_and_one_flow_at_a_time(
     )
     with pytest.raises(Exception, match="no prompts artifact yet"):
         train(wanted)
-    assert precompute(wanted)[0].stage == "prompts"
+    assert precompute(wanted)[0].stage == "prepare prompts"
     assert [stage.computed for stage in train(wanted)] == [1]
     stages = {stage.stage: stage for stage in evaluate(wanted)}
-    assert stages["report"].computed == 1
+    assert stages["write report"].computed == 1
     workspace = Workspace(wanted)
     facts = results(workspace).train.facts
     assert facts["steps"] == -(-facts["rows"] // 8)
@@ -176,9 +176,9 @@ def test_the_store_on_s3_gives_the_same_rows(
     assert all(stage.state == "Cached" and not stage.computed for stage in again.values())
     tables = []
     for wanted in (here, there):
-        chain = stored_chain(Workspace(wanted))
-        read = chain.workspace.blocks.read
-        tables.append([read(step.recipe, step.wanted, step.schema) for step in chain.first.row_steps])
+        steps = stored_steps(Workspace(wanted))
+        read = steps.workspace.blocks.read
+        tables.append([read(step.recipe, step.wanted, step.schema) for step in steps.first.row_steps])
     assert all(one.equals(two) for one, two in zip(*tables, strict=True))
     assert "Difference, paired" in "\n".join(result_lines(Workspace(there)))
     assert report_path(Workspace(there)).is_file()

@@ -17,13 +17,15 @@ from prefect.client.orchestration import get_client
 from prefect.settings import temporary_settings
 from prefect.utilities.annotations import quote
 
-from flows.server import prefect_server
+from flows.service.server import prefect_server
+from qrpo_core.common.errors import AccessError
+from qrpo_core.common.hashing import digest_bytes
 from qrpo_core.config import StoreConfig
-from qrpo_core.errors import AccessError
-from qrpo_core.store.artifacts import Artifacts
-from qrpo_core.store.objects import Objects, open_objects
+from qrpo_core.store.artifacts import ArtifactStore
+from qrpo_core.store.backends.interface import Objects
+from qrpo_core.store.backends.opening import open_objects
 from qrpo_core.store.recipe import Recipe
-from tasks.cache import ArtifactPolicy, ArtifactRecords, coarse_task
+from tasks.cache_policy import ArtifactPolicy, ArtifactRecords, artifact_task
 from tests.prefect_home import prefect_home
 
 pytestmark = pytest.mark.slow
@@ -100,7 +102,7 @@ class Stage:
 
         @flow(name="stages")
         def stages() -> None:
-            bound = coarse_task(stage, self.store, name="a stage", **options)
+            bound = artifact_task(stage, self.store, name="a stage", **options)
             states.append(bound(**arguments, more=quote(lock), return_state=True))
             states[0].result()
 
@@ -108,7 +110,7 @@ class Stage:
         return states[0]
 
     def build(self, recipe: Recipe) -> None:
-        artifacts = Artifacts(open_objects(self.store))
+        artifacts = ArtifactStore(open_objects(self.store))
         if artifacts.find(recipe) is None:
             self.computed += 1
             artifacts.commit(recipe, {"data": b"data"}, {"number": self.computed}, 0.0)
@@ -137,6 +139,43 @@ def test_the_record_says_nothing_of_the_store(store: StoreConfig) -> None:
     with get_client(sync_client=True) as client:
         blocks = client.request("POST", "/block_documents/filter", json={}).json()
     assert blocks == []
+
+
+@pytest.mark.parametrize("version", ["3.8.8", "3.9.1"])
+def test_keys_are_ours_in_any_version_of_prefect(version: str, local: StoreConfig) -> None:
+    """The key of a result is its path in the store, and a record that either version has written is served.
+
+    The record is what both wrote, word for word but for their own number.
+    """
+    stage = Stage(local)
+    stage.build(RECIPE)
+    place = "artifacts/step/98d230f14e3c5df68e099209208baf0c"
+    record = {
+        "metadata": {
+            "storage_key": f"{place}/_prefect.json",
+            "expiration": None,
+            "serializer": {
+                "type": "json",
+                "jsonlib": "json",
+                "object_encoder": "prefect.serializers.prefect_json_object_encoder",
+                "object_decoder": "prefect.serializers.prefect_json_object_decoder",
+                "dumps_kwargs": {},
+                "loads_kwargs": {},
+            },
+            "prefect_version": version,
+            "storage_block_id": None,
+        },
+        "result": f'"{place}"',
+    }
+    manifest = digest_bytes(stage.objects.read(f"{place}/manifest.json"))
+    stage.objects.write(f"{place}/_prefect.json", json.dumps({**record, "manifest": manifest}).encode())
+    assert stage.run().name == "Cached"
+    assert stage.called == 0
+    stage.objects.delete(f"{place}/_prefect.json")
+    stage.run()
+    written = json.loads(stage.objects.read(f"{place}/_prefect.json"))
+    written["metadata"]["prefect_version"] = version
+    assert written == {**record, "manifest": manifest}
 
 
 def test_without_its_artifact_a_record_is_not_served(store: StoreConfig) -> None:
@@ -208,7 +247,7 @@ def test_a_read_error_is_told_and_the_task_meets_it_too(
         raise AccessError("not allowed", where=key)
 
     with caplog.at_level(logging.WARNING, "prefect.task_runs"), monkeypatch.context() as patch:
-        patch.setattr("qrpo_core.store.objects.LocalObjects.read", refused)
+        patch.setattr("qrpo_core.store.backends.opening.LocalObjects.read", refused)
         with pytest.raises(AccessError):
             stage.run()
     assert "Not using a cached result: not allowed" in caplog.text

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows.deploy import ROOT
-from flows.server import PrefectServer
-from flows.workers import _ENVIRONMENT
+from flows.service.deploy import ROOT
+from flows.service.server import PrefectServer
+from flows.service.workers import _ENVIRONMENT
 
 pytestmark = pytest.mark.slow
 
@@ -22,14 +22,14 @@ RUN = """
 import logging, subprocess, sys
 from pathlib import Path
 from prefect import flow, task
-from qrpo_core.followed import Follower
-from tasks import stages
+from qrpo_core.common.log_tail import LogTail
+from tasks.progress import show_core_logs
 
 log = Path(sys.argv[1])
 
 @task
 def work():
-    follower = Follower(log, logging.getLogger("qrpo.vllm"))
+    follower = LogTail(log, logging.getLogger("qrpo.vllm"))
     with log.open("wb") as out:
         says = "print('loading shard 1'); print('ready')"
         subprocess.run([sys.executable, "-c", says], stdout=out, check=True)
@@ -37,7 +37,7 @@ def work():
 
 @flow(name="with-a-child")
 def run():
-    stages.listen()
+    show_core_logs()
     work()
 
 run()
@@ -47,12 +47,12 @@ run()
 def test_lines_of_a_child_are_in_the_log_of_its_run(server: PrefectServer, tmp_path: Path) -> None:
     environment = {**os.environ, **_ENVIRONMENT, "PREFECT_API_URL": server.url}
     command = [sys.executable, "-c", RUN, str(tmp_path / "log")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     wanted = {"flows": {"name": {"any_": ["with-a-child"]}}}
     (run,) = httpx.post(f"{server.url}/flow_runs/filter", json=wanted, timeout=30).json()
-    deadline, said = time.monotonic() + 20, []
+    deadline, said = time.monotonic() + 120, []
     while "ready" not in said and time.monotonic() < deadline:
         logs = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
         entries = httpx.post(f"{server.url}/logs/filter", json=logs, timeout=30).json()

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.cli import main
-from qrpo_core.experiments import load_experiment
-from qrpo_core.steps import prompts
-from qrpo_core.steps.chain import stored_chain
-from qrpo_core.steps.workspace import Workspace
+from flows.cli import progress_line
+from qrpo_core.config.reading import load_experiment
+from qrpo_core.pipeline import prompts
+from qrpo_core.pipeline.experiment_steps import stored_steps
+from qrpo_core.pipeline.workspace import Workspace
+from tests.flows.small import call
 
 
 @pytest.fixture
@@ -36,13 +37,6 @@ def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(experiment))
     return tmp_path
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
 
 
 def listing(folder: Path) -> set[str]:
@@ -78,7 +72,7 @@ def test_bad_input_is_one_line_status_2_and_writes_nothing(
         (["good.yaml", "--set", "objective.beta=-0.1"], ["objective.beta", "-0.1"]),
         (["good.yaml", "--set", "sampling.references_per_prompt=0"], ["references_per_prompt", "0"]),
         (["good.yaml", "--set", "sampling.references_per_prompt=1"], ["references_per_prompt", "2 or more"]),
-        (["number.yaml"], ["no reference", "reference_field"]),
+        (["number.yaml"], ["no ground truth", "ground_truth_field"]),
         (["good.yaml", "--set", "store.path=gs://bucket"], ["gs", "s3://"]),
     ]
     before = listing(folder)
@@ -98,7 +92,7 @@ def test_plan_shows_every_stage_and_writes_nothing(folder: Path, capsys: pytest.
     before = listing(folder)
     assert call("plan", "good.yaml") == 0
     out = capsys.readouterr().out
-    for stage in ("prompts", "sample references", "reference log-probs", "train", "evaluate", "report"):
+    for stage in ("prepare prompts", "sample references", "train policy", "evaluate policy", "write report"):
         assert stage in out
     assert listing(folder) == before
 
@@ -119,6 +113,18 @@ def test_show_before_a_run_says_what_to_do(folder: Path, capsys: pytest.CaptureF
     assert "no prompts artifact yet" in capsys.readouterr().err
 
 
+def test_progress_counts_from_its_first_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What came before it, such as loading a tokenizer, showed as "checked 1 prompts" on a slow machine."""
+    monkeypatch.setattr(progress_line, "_SECONDS", 0.0)
+    progress = progress_line.progress_line("checked", "prompts")
+    progress(1)
+    assert capsys.readouterr().err == ""
+    progress(2)
+    assert capsys.readouterr().err == "qrpo: checked 3 prompts\n"
+
+
 def test_usage_errors_are_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run") == 2
     assert call("fly", "good.yaml") == 2
@@ -130,7 +136,7 @@ def prepared(folder: Path) -> Workspace:
     """The good experiment with its training set in the store, in blocks of 4 rows."""
     workspace = Workspace(load_experiment("good.yaml"))
     prompts.build(workspace, prompts.recipe(workspace))
-    first = stored_chain(workspace).first
+    first = stored_steps(workspace).first
 
     def fill(step: Any) -> None:
         for plan in workspace.blocks.plan(step.recipe, step.wanted, 4):
@@ -146,7 +152,7 @@ def prepared(folder: Path) -> Workspace:
 
 
 def test_explain_is_text_or_json(prepared: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt = next(iter(stored_chain(prepared).first.rewards.completions.wanted))
+    prompt = next(iter(stored_steps(prepared).first.rewards.completions.wanted))
     assert call("explain", "good.yaml", f"{prompt[:6]}:2") == 0
     text = capsys.readouterr().out
     assert call("explain", "good.yaml", f"{prompt}:2", "--json") == 0
@@ -164,18 +170,18 @@ def test_verify_says_damage_by_its_status_and_repairs_it(
     prepared: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("verify", "good.yaml") == 0
-    assert "Everything is whole." in capsys.readouterr().out
-    block = prepared.blocks.committed(stored_chain(prepared).first.rewards.recipe)[0]
+    assert "Nothing is damaged." in capsys.readouterr().out
+    block = prepared.blocks.committed(stored_steps(prepared).first.rewards.recipe)[0]
     Path("store", block.file).write_bytes(b"not Parquet")
     assert call("verify", "good.yaml") == 1
     out = capsys.readouterr().out
-    assert block.index in out
+    assert block.manifest_key in out
     assert "--repair" in out
     assert call("verify", "good.yaml", "--repair") == 1
-    assert "Set aside: 1. The next run" in capsys.readouterr().out
+    assert "Quarantined: 1. The next run" in capsys.readouterr().out
     assert call("verify", "good.yaml", "--all") == 0
     assert call("ls", "good.yaml") == 0
-    assert "Set aside: 1" in capsys.readouterr().out
+    assert "Quarantined: 1" in capsys.readouterr().out
 
 
 def test_gc_deletes_nothing_unasked(prepared: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +197,7 @@ def test_gc_deletes_nothing_unasked(prepared: Workspace, capsys: pytest.CaptureF
     assert "blocks reward/" in out
     assert "artifacts quantiles/" in out
     assert "blocks sample/" not in out
-    assert "Nothing was deleted; --apply does." in out
+    assert "Nothing was deleted; add --apply to delete." in out
     assert listing(Path("store")) == before
     assert call("gc", "second.yaml", *other, "--older-than", "0", "--apply") == 0
     assert "Deleted: " in capsys.readouterr().out
@@ -213,7 +219,7 @@ def test_compact_says_before_and_after(prepared: Workspace, capsys: pytest.Captu
 def test_what_cannot_be_meant_of_a_store_is_one_line_and_changes_nothing(
     prepared: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompt = next(iter(stored_chain(prepared).first.rewards.completions.wanted))
+    prompt = next(iter(stored_steps(prepared).first.rewards.completions.wanted))
     cases = [
         (["explain", "good.yaml", prompt[:5]], ["too short", "first 6 characters"]),
         (["explain", "good.yaml", "x" * 32], ["none of the 20 prompts", "the nearest are"]),
@@ -237,14 +243,15 @@ def test_what_cannot_be_meant_of_a_store_is_one_line_and_changes_nothing(
 
 
 def test_looking_after_a_store_loads_neither_torch_nor_prefect(prepared: Workspace) -> None:
-    prompt = next(iter(stored_chain(prepared).first.rewards.completions.wanted))
+    prompt = next(iter(stored_steps(prepared).first.rewards.completions.wanted))
     script = """
 import sys
-from flows.cli import main
+from flows.cli.main import main
 prompt = sys.argv[1]
 for arguments in (["explain", "good.yaml", prompt], ["explain", "good.yaml", prompt + ":0", "--json"],
         ["ls", "good.yaml", "--all"], ["verify", "good.yaml", "--all"], ["gc", "good.yaml", "--apply"],
-        ["compact", "good.yaml"]):
+        ["compact", "good.yaml"], ["browse", "good.yaml", "--json"],
+        ["export", "good.yaml", "--out", "data"]):
     try:
         main(arguments)
     except SystemExit as done:
@@ -266,7 +273,7 @@ for arguments in (["explain", "good.yaml", prompt], ["explain", "good.yaml", pro
 def test_doctor_says_what_is_missing_and_what_to_do(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qrpo_core import doctor
+    from qrpo_core.inspection import doctor
 
     monkeypatch.setattr(
         doctor, "CHECKS", (doctor.check_python, doctor.check_packages, doctor.check_bubblewrap)
@@ -280,3 +287,52 @@ def test_doctor_says_what_is_missing_and_what_to_do(
     monkeypatch.setattr(doctor, "CHECKS", (lambda: broken,))
     assert call("doctor") == 1
     assert "install Python 3.11 or newer" in capsys.readouterr().out
+
+
+def test_plan_shows_the_memory_of_stages_and_refuses_what_cannot_fit(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = "qrpo_core.inspection.memory.visible_gpu_memory"
+    monkeypatch.setattr(seen, lambda: None)
+    assert call("plan", "good.yaml") == 0
+    assert "In host memory (no GPU):" in capsys.readouterr().out
+    assert call("plan", "good.yaml", "--gpu-memory", "80") == 0
+    assert "On each GPU (85.9 GB):" in capsys.readouterr().out
+    before = listing(Path())
+    for arguments, says in (
+        (["plan", "good.yaml", "--gpu-memory", "0.001"], "and it has 1.07 MB"),
+        (["plan", "good.yaml", "--gpu-memory", "-1"], "--gpu-memory -1 is not a GPU's memory"),
+        (["plan", "good.yaml", "--price", "-1"], "--price -1 is not a price"),
+        (["plan", "good.yaml", "--price", "nan"], "--price nan is not a price"),
+        (["run", "good.yaml", "--max-gpu-hours", "0"], "max_gpu_hours"),
+        (["run", "good.yaml"], "and it has 1 MB"),
+        (["run", "good.yaml", "--flow", "train"], "train policy needs"),
+    ):
+        monkeypatch.setattr(seen, lambda: 10**6)  # what a run finds on its machine
+        assert call(*arguments) == 2, arguments
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1), (arguments, err)
+        assert says in err
+        assert listing(Path()) == before
+
+
+def test_browse_and_export_refuse_what_cannot_be_meant(
+    prepared: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        (["browse", "good.yaml", "--source", "round 7"], "'references'"),
+        (["browse", "good.yaml", "--reward", "high"], "MIN:MAX"),
+        (["browse", "good.yaml", "--limit", "0"], "1 or more"),
+        (["export", "good.yaml", "--out", "store"], "exists already"),
+    ]
+    before = listing(Path())
+    for arguments, says in cases:
+        assert call(*arguments) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert says in err
+    assert listing(Path()) == before
+    assert call("browse", "good.yaml", "--search", "Say", "--limit", "1") == 0
+    assert "1 shown of " in capsys.readouterr().out
+    assert call("export", "good.yaml", "--out", "data") == 0
+    assert "training_set/train.parquet" in capsys.readouterr().out

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from qrpo_core.config import Experiment
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.plan import plan
-from qrpo_core.steps import policies, prompts
-from qrpo_core.steps.chain import chain
-from qrpo_core.steps.policies import Policy
-from qrpo_core.steps.workspace import Workspace
-from tasks.cost import Meter, counts_rows, gpus, meter
+from qrpo_core.config.reading import parse_experiment
+from qrpo_core.inspection.plan import plan
+from qrpo_core.inspection.stage_work import counts_rows, work_of
+from qrpo_core.pipeline import policies, prompts
+from qrpo_core.pipeline.experiment_steps import ExperimentSteps
+from qrpo_core.pipeline.policies import Policy
+from qrpo_core.pipeline.workspace import Workspace
+from tasks.cost import Meter, meter
 from tasks.progress import progress_text
 from tasks.stages import Stage
-from tasks.tables import stage_rows
+from tasks.ui_artifacts import stage_rows
 from tests.flows.small import small
 
 PRICE = {"gpu_hour_price": 3.6, "currency": "EUR"}  # a thousandth of a euro a second
@@ -30,17 +31,50 @@ def experiment(**sections: Any) -> Experiment:
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({}, {"sample references": 0, "reference log-probs": 1, "train": 1, "score references": 0}),
-        ({"sampling": {"engine": "transformers"}}, {"sample, round 2": 1, "parity, sample references": 1}),
+        (
+            {},
+            {
+                "sample references": 0,
+                "score reference log-probs": 1,
+                "train policy": 1,
+                "annotate references": 0,
+            },
+        ),
+        (
+            {"sampling": {"engine": "transformers"}},
+            {"sample completions, round 2": 1, "parity, sample references": 1},
+        ),
         (
             {"sampling": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 2, "engines": 4}},
-            {"sample held-out, after": 8, "parity, sample references": 8, "reference log-probs": 1},
+            {"sample held-out, after": 8, "parity, sample references": 8, "score reference log-probs": 1},
         ),
         (
             {"sampling": {"engine": "endpoint"}, "endpoint": {"url": "http://127.0.0.1:1/v1"}},
             {"sample references": 0, "parity, sample references": 1},
         ),
-        ({"training": {"processes": 4}}, {"train": 4, "train, round 2": 4, "training set": 0}),
+        (
+            {
+                "sampling": {"engine": "transformers"},
+                "evaluation": {
+                    "benchmarks": {
+                        "own": {
+                            "prompts": {"kind": "file", "path": "own.jsonl"},
+                            "reward": {"kind": "model", "model": {"path": "judge"}},
+                        }
+                    }
+                },
+            },
+            {
+                "annotate held-out, after": 0,
+                "sample benchmark own, before": 1,
+                "annotate benchmark own, after": 1,
+                "evaluate benchmark own": 0,
+            },
+        ),
+        (
+            {"training": {"processes": 4}},
+            {"train policy": 4, "train policy, round 2": 4, "assemble training set": 0},
+        ),
         (
             {
                 "reward": {
@@ -49,15 +83,17 @@ def experiment(**sections: Any) -> Experiment:
                 },
                 "evaluation": {"judges": {"a b": {"kind": "length", "max_words": 1}}},
             },
-            {"score references": 1, "score, round 2": 1, "judge a b held-out, after": 0},
+            {"annotate references": 1, "annotate completions, round 2": 1, "judge a b held-out, after": 0},
         ),
         (
             {"evaluation": {"judges": {"a b": {"kind": "model", "model": {"path": "m"}}}}},
-            {"judge a b held-out, before": 1, "score held-out, before": 0},
+            {"judge a b held-out, before": 1, "annotate held-out, before": 0},
         ),
         (
             {},
-            dict.fromkeys(("convert model", "prompts", "quantiles", "training set", "evaluate", "report"), 0),
+            dict.fromkeys(
+                ("convert model", "prompts", "quantiles", "assemble training set", "evaluate", "report"), 0
+            ),
         ),
     ],
 )
@@ -66,21 +102,21 @@ def test_gpus_of_a_stage(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     asked = experiment(**sections)
-    assert {stage: gpus(asked, stage) for stage in expected} == expected
+    assert {stage: work_of(asked, stage).gpus for stage in expected} == expected
 
 
 def test_vllm_takes_every_visible_gpu_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
     asked = experiment(sampling={"engine": "vllm"}, vllm={"tensor_parallel_size": 2})
-    assert gpus(asked, "sample references") == 4  # two engines; the fifth holds none
+    assert work_of(asked, "sample references").gpus == 4  # two engines; the fifth holds none
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # too few: the engine says so when it starts
-    assert gpus(asked, "sample references") == 2
+    assert work_of(asked, "sample references").gpus == 2
 
 
 def test_no_price_no_cost() -> None:
-    assert meter(experiment(), "train") is None
-    assert meter(None, "train") is None
-    free = meter(experiment(service={"gpu_hour_price": 0}), "train", machines=3)
+    assert meter(experiment(), "train policy") is None
+    assert meter(None, "train policy") is None
+    free = meter(experiment(service={"gpu_hour_price": 0}), "train policy", machines=3)
     assert free == Meter(3, 0.0, None)
     assert free.text(free.cost(100)) == "0.00"
 
@@ -102,10 +138,10 @@ def test_progress_says_rate_time_and_cost(done: int, seconds: float, text: str) 
 
 
 STAGES = [
-    Stage("prompts", 0, 1, "Completed", 2.0),
+    Stage("prepare prompts", 0, 1, "Completed", 2.0),
     Stage("sample references", 20, 40, "Completed", 100.0),
-    Stage("reference log-probs", 60, 0, "Cached", 0.5),
-    Stage("train", 0, 1, "Completed", 1000.0),
+    Stage("score reference log-probs", 60, 0, "Cached", 0.5),
+    Stage("train policy", 0, 1, "Completed", 1000.0),
 ]
 
 
@@ -128,7 +164,7 @@ def test_rows_that_other_runs_computed_cost_there() -> None:
     held_out = Stage("sample held-out, before", 0, 8, "Completed", 100.0)
     rows = stage_rows([*STAGES, held_out], asked, elsewhere=True)
     costs = [row["cost, EUR"] for row in rows]
-    assert costs == ["1.10", "", "with its shares", "0.00", "1.00", "0.10"]
+    assert costs == ["1.10", "", "with its shards", "0.00", "1.00", "0.10"]
 
 
 def recipes(asked: Experiment) -> list[str]:
@@ -136,15 +172,15 @@ def recipes(asked: Experiment) -> list[str]:
     wanted = prompts.recipe(workspace)
     reference = policies.reference(workspace, policies.source_of(workspace))
     assert isinstance(reference, Policy)
-    known = chain(workspace, reference, wanted, prompts.find(workspace, wanted))
+    known = ExperimentSteps.of(workspace, reference, wanted, prompts.find(workspace, wanted))
     *_, last = known.planned_rounds()
     steps = (*last.row_steps, last.logprobs, *known.before)
     return [
         wanted.path,
         *(step.recipe.path for step in steps),
-        last.quantiles.path,
-        last.training_set.path,
-        last.train.path,
+        last.quantiles_recipe.path,
+        last.training_set_recipe.path,
+        last.train_recipe.path,
     ]
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from flows import cli, commands
-from flows.server import PrefectServer
-from qrpo_core.experiments import parse_experiment
-from tasks.interrupts import interrupted, interrupts
+from flows.cli import commands
+from flows.cli.main import main
+from flows.service.server import PrefectServer
+from qrpo_core.config.reading import parse_experiment
+from tasks.interrupts import is_interrupt, reraise_interrupts
 from tests.flows.small import small
 
 
@@ -32,16 +33,16 @@ def made_of(error: BaseException, *, named: bool) -> ValueError:
 @pytest.mark.parametrize("named", [True, False])
 def test_an_interrupt_is_raised_as_one(named: bool) -> None:
     lost = made_of(made_of(KeyboardInterrupt(), named=named), named=not named)
-    assert interrupted(lost)
-    with pytest.raises(KeyboardInterrupt) as found, interrupts():
+    assert is_interrupt(lost)
+    with pytest.raises(KeyboardInterrupt) as found, reraise_interrupts():
         raise lost
     assert found.value.__cause__ is lost
 
 
 def test_another_error_stays_as_it_is() -> None:
     other = made_of(OSError("no space"), named=False)
-    assert not interrupted(other)
-    with pytest.raises(ValueError, match="not set"), interrupts():
+    assert not is_interrupt(other)
+    with pytest.raises(ValueError, match="not set"), reraise_interrupts():
         raise other
 
 
@@ -54,17 +55,17 @@ def test_the_command_line_says_what_it_says_of_any_interrupt(
     monkeypatch.setattr(commands, "run", run)
     error: BaseException = KeyboardInterrupt()
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "experiment.yaml"])
+        main(["run", "experiment.yaml"])
     assert stopped.value.code == 130
     printed = capsys.readouterr().err
-    assert printed == "qrpo: interrupted; what was committed stays, run again to go on\n"
+    assert printed == "qrpo: interrupted; committed results stay, run again to continue\n"
     error = OSError("no space")
     with pytest.raises(ValueError, match="not set"):
-        cli.main(["run", "experiment.yaml"])
+        main(["run", "experiment.yaml"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quantiles", "block"])
+@pytest.mark.parametrize("name", ["compute quantiles", "block"])
 def test_while_prefect_creates_a_task_run(
     server: PrefectServer,
     tiny_model: Path,
@@ -89,7 +90,9 @@ def test_while_prefect_creates_a_task_run(
         return create(*arguments, task=task, **named)
 
     monkeypatch.setattr(task_engine, "_create_task_run_locally", create_interrupted)
-    asked = parse_experiment({"name": f"interrupted-{name}"} | small(tiny_model, tmp_path / "store"))
+    asked = parse_experiment(
+        {"name": f"interrupted-{name.replace(' ', '-')}"} | small(tiny_model, tmp_path / "store")
+    )
     with pytest.raises(KeyboardInterrupt):
         precompute(asked)
     assert not [record for record in caplog.records if record.exc_info and record.levelno >= logging.INFO]

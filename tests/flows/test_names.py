@@ -7,8 +7,9 @@ from uuid import uuid4
 import pytest
 
 from qrpo_core.config import Experiment, ModelConfig, PromptsConfig
-from qrpo_core.experiments import parse_experiment
-from tasks.names import data_name, facts, model_name, run_name
+from qrpo_core.config.comparison import ComparisonConfig
+from qrpo_core.config.reading import parse_experiment
+from tasks.run_names import data_name, facts, model_name, named, run_name
 
 
 def experiment(**sections: object) -> Experiment:
@@ -72,12 +73,30 @@ def test_the_name_of_a_run_is_of_its_flow_and_parameters() -> None:
     def part(experiment: Experiment, number: int) -> None: ...
 
     asked = experiment(sampling={"references_per_prompt": 8}, rounds={"count": 3})
+    facts_ = "SmolLM2-135M · prompts.jsonl ×64 · n=8"
     for parameters, name in (
-        ({"experiment": asked, "number": 2}, "round 2 of 3 demo · SmolLM2-135M · prompts.jsonl ×64 · n=8"),
-        ({"experiment": asked}, "round demo · SmolLM2-135M · prompts.jsonl ×64 · n=8"),
+        ({"experiment": asked, "number": 2}, f"round 2 of 3 demo · {facts_} · qrpo beta=0.1 lr=1e-06"),
+        ({"experiment": asked}, f"round demo · {facts_} · qrpo beta=0.1 lr=1e-06"),
         ({"experiment": {"not": "valid"}}, "round"),
     ):
         with FlowRunContext.model_construct(
             flow=part, flow_run=FlowRun(flow_id=uuid4()), parameters=parameters
         ):
             assert run_name() == name
+
+
+def test_runs_of_a_policy_are_told_apart_by_how_it_is_trained() -> None:
+    pairs = {"mode": "pairs"}
+    asked = experiment(
+        objective={"kind": "simpo", "beta": 2.5}, training={"learning_rate": 3e-5}, training_data=pairs
+    )
+    assert named("train", asked).endswith(" · simpo beta=2.5 lr=3e-05")
+    assert named("top-up", asked) == "top-up demo · SmolLM2-135M · prompts.jsonl ×64 · n=8"
+    assert named("align", experiment(objective={"kind": "best_of_n"})).endswith(" · best_of_n lr=1e-06")
+
+
+def test_comparisons_are_told_apart_by_what_varies() -> None:
+    comparison = ComparisonConfig(vary=("objective.beta=0.1,0.3",), variants=("objective.kind=dpo,sft",))
+    name = named("compare", experiment(sampling={"references_per_prompt": 8}), comparison)
+    facts_ = "SmolLM2-135M · prompts.jsonl ×64 · n=8"
+    assert name == f"compare demo · {facts_} · objective.beta=0.1,0.3 · objective.kind=dpo,sft"

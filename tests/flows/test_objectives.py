@@ -12,15 +12,15 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from flows.server import PrefectServer
+from flows.service.server import PrefectServer
+from qrpo_core.common.hashing import completion_index, prompt_id
 from qrpo_core.config import Experiment
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.ids import completion_index, prompt_id
-from qrpo_core.plan import plan
-from qrpo_core.show import report_path, result_lines, results
-from qrpo_core.steps.chain import stored_chain
-from qrpo_core.steps.targets import derive
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.config.reading import parse_experiment
+from qrpo_core.inspection.plan import plan
+from qrpo_core.inspection.result import report_path, result_lines, results
+from qrpo_core.pipeline.experiment_steps import stored_steps
+from qrpo_core.pipeline.training_targets import derive
+from qrpo_core.pipeline.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def gsm8k(model: Path, folder: Path, **sections: dict[str, Any]) -> Experiment:
             "kind": "file",
             "path": str(folder / "graded.jsonl"),
             "prompt_field": "question",
-            "reference_field": "answer",
+            "ground_truth_field": "answer",
             "completion_fields": SOLVERS,
             "completion_text_field": "solution",
             "completion_reward_field": "is_correct",
@@ -73,15 +73,14 @@ def gsm8k(model: Path, folder: Path, **sections: dict[str, Any]) -> Experiment:
 
 
 def by_hand(grades: list[float], grade: float) -> float:
-    """Calibrated target of a graded solution, each left out of its own comparison; method.md 3.4."""
+    """Calibrated target of a graded solution, left out of its own comparison; method, section 3.7."""
     others = list(grades)
     others.remove(grade)
 
     def quantile(value: float, among: list[float]) -> float:
         return sum(other <= value for other in among) / len(among)
 
-    ranks = [quantile(g, grades[:i] + grades[i + 1 :]) for i, g in enumerate(grades)]
-    log_z = math.log(np.mean([math.exp(rank / BETA) for rank in ranks]))
+    log_z = math.log(np.mean([math.exp(quantile(g, grades) / BETA) for g in grades]))
     return quantile(grade, others) - BETA * log_z
 
 
@@ -102,7 +101,7 @@ def test_graded_solutions_with_ties_give_targets_diagnostics_and_a_report(
         for row in rows
     }
     trained = set(data.table["prompt_id"].to_pylist())
-    assert len(trained) == stored_chain(workspace).first.rewards.completions.prompts.num_rows
+    assert len(trained) == stored_steps(workspace).first.rewards.completions.prompts.num_rows
     assert len(data.table) == sum(len(grades[prompt]) for prompt in trained)
     assert data.targets is not None
     columns = (data.table["prompt_id"].to_pylist(), data.table["sample_index"].to_pylist())
@@ -113,9 +112,8 @@ def test_graded_solutions_with_ties_give_targets_diagnostics_and_a_report(
 
     facts = data.diagnostics
     atoms = {prompt: Counter(grades[prompt].values()) for prompt in trained}
-    assert facts["normaliser"] == "empirical"
-    assert facts["normalisation_mean"] == pytest.approx(1.0, rel=1e-9)
-    assert facts["normalisation_mean_population"] > 1.5  # the paper's log Z does not fit ties
+    assert facts["normaliser"] == "tie_aware"
+    assert facts["normalisation_mean"] == pytest.approx(facts["normalisation_expected"], rel=1e-9)
     assert facts["signal_free_prompts"] == sum(len(atom) == 1 for atom in atoms.values()) > 0
     tied = sum(count for atom in atoms.values() for count in atom.values() if count > 1)
     assert facts["tie_rate"] == pytest.approx(tied / len(data.table))
@@ -127,10 +125,11 @@ def test_graded_solutions_with_ties_give_targets_diagnostics_and_a_report(
     assert "What training asks for" in page
     assert "Prompts without signal (all rewards equal)" in page
     text = "\n".join(result_lines(workspace))
-    assert "Normalisation check (empirical)" in text
-    assert "The same with the population normaliser" in text
+    assert "Normalisation check (tie_aware)" in text
+    assert "As normaliser tie_aware implies." in text
 
 
+@pytest.mark.long
 def test_a_baseline_on_the_same_grades_takes_their_pairs(
     server: PrefectServer, long_model: Path, tmp_path: Path
 ) -> None:
@@ -138,9 +137,9 @@ def test_a_baseline_on_the_same_grades_takes_their_pairs(
     run(gsm8k(long_model, tmp_path))
     baseline = gsm8k(long_model, tmp_path, objective={"kind": "dpo", "beta": 0.1})
     stages = run(baseline)
-    assert stages["reference log-probs"].computed == 0
-    assert stages["training set"].computed == 0
-    assert stages["train"].computed == 1
+    assert stages["score reference log-probs"].computed == 0
+    assert stages["assemble training set"].computed == 0
+    assert stages["train policy"].computed == 1
     workspace = Workspace(baseline)
     made = results(workspace)
     history = json.loads(workspace.artifacts.read(made.train, "history.json"))
@@ -171,8 +170,12 @@ def test_rounds_are_planned_run_cached_and_continued(
     two = parse_experiment(settings)
     announced = {stage.stage: stage.missing for stage in plan(Workspace(two))}
     first = run(two)
-    prompts = stored_chain(Workspace(two)).first.rewards.completions.prompts.num_rows
-    assert announced["sample, round 2"] == first["sample, round 2"].computed == 2 * prompts
+    prompts = stored_steps(Workspace(two)).first.rewards.completions.prompts.num_rows
+    assert (
+        announced["sample completions, round 2"]
+        == first["sample completions, round 2"].computed
+        == 2 * prompts
+    )
     assert set(announced) == set(first)
     again = run(two)
     assert all(stage.state == "Cached" and not stage.computed for stage in again.values())
@@ -181,14 +184,45 @@ def test_rounds_are_planned_run_cached_and_continued(
     three = parse_experiment({**settings, "rounds": {"count": 3, "samples_per_prompt": 2}})
     more = run(three)
     assert all(not stage.computed for stage in more.values() if "round 2" in stage.stage)
-    assert more["train"].state == "Cached"
-    assert more["train, round 3"].computed == 1
-    digests = [round_.start.digest for round_ in stored_chain(Workspace(three)).rounds()]
+    assert more["train policy"].state == "Cached"
+    assert more["train policy, round 3"].computed == 1
+    digests = [round_.start.digest for round_ in stored_steps(Workspace(three)).rounds()]
     assert len(set(digests)) == 3
     workspace = Workspace(three)
     made = results(workspace)
     steps = sum(each.train.facts["steps"] for each in made.rounds)
     page = report_path(workspace).read_text(encoding="utf-8")
-    assert "train, round 3" in page
+    assert "train policy, round 3" in page
     assert made.train.facts["steps"] < steps
     assert pc.sum(derive(workspace, made.rounds[2].training_set).table["n"]).as_py() == 3 * 2 * prompts
+
+
+def test_one_sample_and_one_completion_of_the_data_set_a_prompt(
+    server: PrefectServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Say {n}", "tries": ["w " * (n % 3 + 1) + str(n)]} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "name": "mixed",
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "prompts": {"kind": "file", "path": str(tmp_path / "rows.jsonl"), "completion_fields": ["tries"]}
+        | {"held_out": 0.3},
+        "sampling": {"engine": "fake", "references_per_prompt": 3, "max_new_tokens": 6},
+        "reward": {"kind": "length", "max_words": 1},
+        "training_data": {"mode": "mixed"},
+        "training": {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-3},
+        "evaluation": {"samples_per_prompt": 1, "resamples": 100},
+        "store": {"path": str(tmp_path / "store")},
+    }
+    experiment = parse_experiment(settings)
+    announced = {stage.stage: stage.missing for stage in plan(Workspace(experiment))}
+    made = run(experiment)
+    assert list(announced) == list(made)
+    prompts = stored_steps(Workspace(experiment)).first.rewards.completions.prompts.num_rows
+    for stage in ("score reference log-probs", "score reference log-probs, offline"):
+        assert announced[stage] == made[stage].computed == prompts
+    assert results(Workspace(experiment)).train.facts["rows"] == 2 * prompts
+    page = report_path(Workspace(experiment)).read_text(encoding="utf-8")
+    for source in ("samples of the policy", "completions of the data set"):
+        assert f"Of these, {source}</th><td>{prompts}</td>" in page
+    assert all(stage.state == "Cached" and not stage.computed for stage in run(experiment).values())

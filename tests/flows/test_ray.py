@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows.server import PrefectServer
-from qrpo_core.errors import ConfigError, DataError
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.steps.chain import reference_steps
-from qrpo_core.steps.workspace import Workspace
+from flows.service.server import PrefectServer
+from qrpo_core.common.errors import CapError, ConfigError, DataError
+from qrpo_core.config.reading import parse_experiment
+from qrpo_core.pipeline.experiment_steps import reference_steps
+from qrpo_core.pipeline.first_rows import ROWS
+from qrpo_core.pipeline.workspace import Workspace
 from tasks import ray_runner
-from tasks.pool import compute_on
 from tests.flows.small import small
 
 #: A module whose function notes each load and each call of it, with its process; it can be told to fail.
@@ -65,6 +65,7 @@ def cluster(server: PrefectServer, modules: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray leaves a token in the home directory
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_raylet_start_wait_time_s", "240")  # a busy machine takes longer than the default
         patch.setenv("PYTHONPATH", os.pathsep.join([str(modules), *sys.path]))
         nodes = Cluster()
         try:
@@ -102,30 +103,38 @@ def precompute(settings: dict[str, Any], pool: str = "ray") -> dict[str, int]:
     from flows.precompute import precompute as flow
 
     stages = {stage.stage: stage.computed for stage in flow(parse_experiment(settings), pool)}
-    return {name: stages[name] for name in ("sample references", "score references", "reference log-probs")}
+    return {
+        name: stages[name]
+        for name in ("sample references", "annotate references", "score reference log-probs")
+    }
 
 
 def stored(settings: dict[str, Any]) -> list[int]:
     """Rows in the store of the steps sample and score; each row counts as often as it was committed."""
     workspace = Workspace(parse_experiment(settings))
     return [
-        sum(run.count for block in workspace.blocks.committed(step.recipe) for run in block.runs)
+        sum(
+            row_range.count for block in workspace.blocks.committed(step.recipe) for row_range in block.ranges
+        )
         for step in reference_steps(workspace)
     ]
 
 
 def task_runs() -> dict[str, str]:
-    """Every task run that is a share, and what the server says of it."""
+    """Every task run that computes a shard, with its state."""
     with get_client(sync_client=True) as client:
         runs = client.read_task_runs()
-    return {str(run.id): run.state_name or "" for run in runs if run.name.startswith("share of ")}
+    return {str(run.id): run.state_name or "" for run in runs if run.name.startswith("shard of ")}
 
 
 @pytest.mark.slow
 def test_every_row_once_and_an_engine_a_process(
     cluster: None, settings: dict[str, Any], modules: Path
 ) -> None:
-    assert set(precompute(settings).values()) == {60}
+    made = precompute(settings)
+    assert made["sample references"] == made["score reference log-probs"] == 60
+    # The reward is tried on a shard's first rows while none is scored: by one shard, or by both at once.
+    assert made["annotate references"] in (60 - ROWS, 60 - 2 * ROWS)
     assert stored(settings) == [60, 60]
     calls, loads = notes(settings, modules, "call"), notes(settings, modules, "load")
     assert len(calls) == 2  # a process a node, and this one has scored nothing
@@ -138,10 +147,10 @@ def test_every_row_once_and_an_engine_a_process(
     settings["sampling"]["references_per_prompt"] = 6
     assert set(precompute(settings).values()) == {30}
     assert stored(settings) == [90, 90]
-    deadline = time.monotonic() + 30  # the server's record lags behind
+    deadline = time.monotonic() + 180  # the server's record lags behind
     while Counter(task_runs().values()) != {"Completed": 2 * 2 * 3} and time.monotonic() < deadline:
         time.sleep(1)
-    assert Counter(task_runs().values()) == {"Completed": 2 * 2 * 3}  # shares of three stages, twice
+    assert Counter(task_runs().values()) == {"Completed": 2 * 2 * 3}  # shards of three stages, twice
 
 
 @pytest.mark.slow
@@ -149,13 +158,15 @@ def test_what_a_lost_process_left_is_computed_by_others(
     cluster: None, settings: dict[str, Any], modules: Path
 ) -> None:
     (folder(settings, modules) / "doing").write_text("die")
-    assert set(precompute(settings).values()) == {60}
+    made = precompute(settings)
+    assert made["sample references"] == made["score reference log-probs"] == 60
+    assert made["annotate references"] == 60 - ROWS  # the first call ended its process; the other shard tried
     assert stored(settings) == [60, 60]
     assert not (folder(settings, modules) / "doing").exists()
 
 
 @pytest.mark.slow
-def test_an_error_of_a_share_ends_the_run_with_its_message(
+def test_an_error_of_a_shard_ends_the_run_with_its_message(
     cluster: None, settings: dict[str, Any], modules: Path
 ) -> None:
     (folder(settings, modules) / "doing").write_text("be silent")
@@ -163,22 +174,29 @@ def test_an_error_of_a_share_ends_the_run_with_its_message(
         precompute(settings)
 
 
+@pytest.mark.slow
+def test_a_cap_of_gpu_hours_stops_the_stage_that_runs(cluster: None, settings: dict[str, Any]) -> None:
+    """The first stage here that takes a GPU's time is the last: the fake engine and the reward take none."""
+    with pytest.raises(CapError, match=r"stopped at the cap .*\[score reference log-probs\]"):
+        precompute({**settings, "service": {"max_gpu_hours": 1e-9}})
+
+
 def test_without_the_package_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"ray is not installed \[pool\]: pip install 'qrpo\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package ray \[pool\]: pip install 'qrpo\[ray\]'"):
         ray_runner._ray()
 
 
 @pytest.mark.parametrize("address", ["ray://", "ray://head", "ray://head:port"])
 def test_an_address_without_host_and_port_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{address}' is no address"), compute_on(address):
-        pass
+    with pytest.raises(ConfigError, match=f"'{address}' is not the address"):
+        ray_runner.OnRay(address)
 
 
 def test_a_cluster_is_asked_for_nothing_before_a_row_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with compute_on("ray") as compute:
-        assert isinstance(compute, ray_runner.OnRay)
+    with ray_runner.OnRay():
+        pass
 
 
 @pytest.mark.parametrize(
@@ -194,23 +212,23 @@ def test_a_cluster_is_asked_for_nothing_before_a_row_is_missing(monkeypatch: pyt
 def test_how_many_processes_a_cluster_has_room_for(
     tmp_path: Path, nodes: list[dict[str, float]], vllm: Any, expected: tuple[int, dict[str, Any]]
 ) -> None:
-    count, options = ray_runner.places(nodes, experiment(tmp_path, vllm))
+    count, options = ray_runner.process_layout(nodes, experiment(tmp_path, vllm))
     assert count == expected[0]
     assert expected[1].items() <= options.items()
 
 
 @pytest.mark.parametrize(
-    ("nodes", "vllm", "told"),
+    ("nodes", "vllm", "message"),
     [
         ([{"memory": 1.0}], None, "no node of the Ray cluster has a CPU or a GPU"),
         ([{"GPU": 1.0}, {"GPU": 1.0}], {"tensor_parallel_size": 2}, "the engines need 2 GPUs on one node"),
     ],
 )
 def test_a_cluster_without_room_is_refused(
-    tmp_path: Path, nodes: list[dict[str, float]], vllm: Any, told: str
+    tmp_path: Path, nodes: list[dict[str, float]], vllm: Any, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
-        ray_runner.places(nodes, experiment(tmp_path, vllm))
+    with pytest.raises(ConfigError, match=message):
+        ray_runner.process_layout(nodes, experiment(tmp_path, vllm))
 
 
 def experiment(tmp_path: Path, vllm: Any) -> Any:

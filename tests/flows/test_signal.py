@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from flows.server import PrefectServer
+from flows.service.server import PrefectServer
+from qrpo_core.common.errors import ObjectiveError, QRPOError
+from qrpo_core.common.hashing import prompt_id, split_fraction
 from qrpo_core.config import Experiment, PromptsConfig
-from qrpo_core.errors import ObjectiveError, QRPOError
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.ids import prompt_id, split_fraction
-from qrpo_core.show import report_path, result_lines, results
-from qrpo_core.steps.chain import stored_chain
-from qrpo_core.steps.workspace import Workspace
-from qrpo_core.store.blocks import count_rows
+from qrpo_core.config.reading import parse_experiment
+from qrpo_core.inspection.result import report_path, result_lines, results
+from qrpo_core.pipeline.experiment_steps import stored_steps
+from qrpo_core.pipeline.workspace import Workspace
+from qrpo_core.store.blocks.planning import count_rows
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def test_twenty_labelled_pairs_train_on_twenty(
     for kind, name in names.items():
         wanted = experiment(long_model, tmp_path, objective={"kind": kind})
         stages = run(wanted)
-        assert "score offline completions" not in stages
+        assert "annotate offline completions" not in stages
         workspace = Workspace(wanted)
         made = results(workspace)
         assert made.train.facts["rows"] == PAIRS
@@ -102,6 +102,7 @@ def test_twenty_labelled_pairs_train_on_twenty(
             assert "reward units" not in text
 
 
+@pytest.mark.long
 def test_rewards_against_the_labels_stop_and_may_be_followed(
     server: PrefectServer, long_model: Path, tmp_path: Path
 ) -> None:
@@ -113,7 +114,7 @@ def test_rewards_against_the_labels_stop_and_may_be_followed(
     followed = by_reward | {"max_contradicted": 1.0}
     asked = experiment(long_model, tmp_path, objective={"kind": "dpo"}, training_data=followed)
     stages = run(asked)
-    assert stages["score offline completions"].computed == 0  # they are there
+    assert stages["annotate offline completions"].computed == 0  # they are there
     first, *_ = (line for line in result_lines(Workspace(asked)) if line.startswith("Warning: "))
     assert "contradict the data set's labels" in first
 
@@ -134,7 +135,7 @@ def test_a_constant_reward_stops_before_log_probs_and_training(
     for flow in (run, precompute):
         with pytest.raises(ObjectiveError, match=r"no signal: on each of \d+ prompts all rewards are equal"):
             flow(wanted)
-    first = stored_chain(Workspace(wanted)).first
+    first = stored_steps(Workspace(wanted)).first
     assert not has(tmp_path, "train")
     assert not Workspace(wanted).blocks.committed(first.logprobs.recipe)
 
@@ -150,7 +151,7 @@ def test_a_reward_that_always_raises_ends_before_the_bulk_is_drawn(
     with pytest.raises(QRPOError, match=r"fails on each of the first 8 rows: .*KeyError: 'gold'"):
         run(wanted)
     workspace = Workspace(wanted)
-    samples, rewards, *_ = stored_chain(workspace).first.row_steps
+    samples, rewards, *_ = stored_steps(workspace).first.row_steps
     assert sum(block.rows for block in workspace.blocks.committed(samples.recipe)) == 8
     assert not workspace.blocks.committed(rewards.recipe)
     assert count_rows(samples.wanted) > 8
@@ -163,5 +164,5 @@ def test_rows_taken_ahead_are_counted_once_by_their_stages(
 
     wanted = experiment(long_model, tmp_path, training_data={"mode": "offline", "max_contradicted": 1.0})
     stages = {stage.stage: stage for stage in precompute(wanted)}
-    for name, rows in (("sample references", 4 * PAIRS), ("score references", 4 * PAIRS)):
+    for name, rows in (("sample references", 4 * PAIRS), ("annotate references", 4 * PAIRS)):
         assert (stages[name].computed, stages[name].reused) == (rows, 0)

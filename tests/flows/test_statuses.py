@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from flows.server import PrefectServer
+from flows.service.server import PrefectServer
 from qrpo_core.config import Experiment
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.show import report_path
-from qrpo_core.steps.blocks import RewardStep
-from qrpo_core.steps.chain import stored_chain
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.config.reading import parse_experiment
+from qrpo_core.inspection.result import report_path
+from qrpo_core.pipeline.experiment_steps import stored_steps
+from qrpo_core.pipeline.row_steps import RewardStep
+from qrpo_core.pipeline.workspace import Workspace
 from tests.core.rewards.judge_server import Judge, Reply, said
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def experiment(
                 "path": str(folder / "rows.jsonl"),
                 "completion_fields": ["answers"],
                 "held_out": 0.3,
-                **({"reference_fields": list(columns)} if columns else {}),
+                **({"ground_truth_fields": list(columns)} if columns else {}),
             },
             "sampling": {"engine": "fake", "max_new_tokens": 4},
             "reward": reward,
@@ -65,7 +65,7 @@ def check(wanted: Experiment, expected: dict[str, int]) -> None:
 
     align(wanted)
     workspace = Workspace(wanted)
-    rewards = stored_chain(workspace).first.rewards
+    rewards = stored_steps(workspace).first.rewards
     assert isinstance(rewards, RewardStep)
     table = rewards.read()
     prompts = len(set(table["prompt_id"].to_pylist()))
@@ -87,6 +87,7 @@ def program(*lines: str) -> str:
     return "\n".join(("```python", *lines, "```"))
 
 
+@pytest.mark.long
 def test_programs_that_are_ended_and_tests_that_cannot_be_asked(
     server: PrefectServer, long_model: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_programs_that_are_ended_and_tests_that_cannot_be_asked(
     check(experiment(long_model, tmp_path, answers, reward, test_list=tests), {"ok": 3, "timeout": 1})
 
 
+@pytest.mark.long
 def test_a_harness_that_fails_gives_no_score(server: PrefectServer, long_model: Path, tmp_path: Path) -> None:
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
@@ -115,6 +117,7 @@ def test_a_harness_that_fails_gives_no_score(server: PrefectServer, long_model: 
     check(experiment(long_model, tmp_path, answers, reward, **columns), {"ok": 2, "sandbox_error": 1})
 
 
+@pytest.mark.long
 def test_rows_too_long_for_a_reward_model(server: PrefectServer, long_model: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from flows.cli import main
-from flows.server import PrefectServer
+from flows.service.server import PrefectServer
+from qrpo_core.common.schemas import REWARDS
 from qrpo_core.config import Experiment
-from qrpo_core.experiments import load_experiment
-from qrpo_core.plan import plan
-from qrpo_core.records import REWARDS
-from qrpo_core.steps.budgets import Scored, for_precision
-from qrpo_core.steps.chain import reference_steps
-from qrpo_core.steps.workspace import Workspace
-from tests.flows.small import small
+from qrpo_core.config.reading import load_experiment
+from qrpo_core.inspection.plan import plan
+from qrpo_core.pipeline.budgets import Scored, for_precision
+from qrpo_core.pipeline.experiment_steps import reference_steps
+from qrpo_core.pipeline.workspace import Workspace
+from tests.flows.small import call, small
 
 pytestmark = pytest.mark.slow
 
@@ -34,21 +32,14 @@ def file(tmp_path: Path, tiny_model: Path, server: PrefectServer) -> Path:
     return path
 
 
-def call(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
-
-
 def drawn(experiment: Experiment) -> Counter[str]:
     """References of each prompt, counted from the store."""
     workspace = Workspace(experiment)
     samples, _ = reference_steps(workspace)
     rows: Counter[str] = Counter()
     for block in workspace.blocks.committed(samples.recipe):
-        for run in block.runs:
-            rows[run.key] += run.count
+        for row_range in block.ranges:
+            rows[row_range.key] += row_range.count
     return rows
 
 
@@ -59,7 +50,7 @@ def top_up(experiment: Experiment) -> int:
     rows: Counter[str] = Counter()
     for stage in flow(experiment):
         rows[stage.stage] += stage.computed
-    assert rows["sample references"] == rows["score references"]
+    assert rows["sample references"] == rows["annotate references"]
     return rows["sample references"]
 
 
@@ -77,16 +68,16 @@ def test_an_applied_budget_is_drawn_in_bounded_steps_and_no_row_beside_it(
     assert call("budget", file, "--add", 30, "--apply") == 0
     assert "30 further references" in capsys.readouterr().out
     steps = {stage.stage: stage for stage in plan(Workspace(experiment))}
-    assert steps["sample references"].missing == steps["score references"].missing == 30
+    assert steps["sample references"].missing == steps["annotate references"].missing == 30
 
     bounded = load_experiment(file, ["top_up.rows_per_run=12"])
-    shares = []
+    portions = []
     while rows := top_up(bounded):
         assert rows <= 12
-        shares.append(rows)
-        assert len(shares) < 30
-    assert sum(shares) == 30
-    assert len(shares) >= 3
+        portions.append(rows)
+        assert len(portions) < 30
+    assert sum(portions) == 30
+    assert len(portions) >= 3
     after = drawn(experiment)
     assert after.keys() == before.keys()
     assert sum((after - before).values()) == 30

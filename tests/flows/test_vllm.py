@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from flows.server import PrefectServer
+from flows.service.server import PrefectServer
+from qrpo_core.common.errors import EngineError
+from qrpo_core.common.schemas import COMPLETIONS
 from qrpo_core.config import Experiment
+from qrpo_core.config.reading import parse_experiment
 from qrpo_core.engines.vllm import VllmEngine
-from qrpo_core.errors import EngineError
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.records import COMPLETIONS
-from qrpo_core.show import report_path
-from qrpo_core.steps import parity, prompts
-from qrpo_core.steps.chain import reference_steps, stored_chain
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.inspection.result import report_path
+from qrpo_core.pipeline import parity, prompts
+from qrpo_core.pipeline.experiment_steps import reference_steps, stored_steps
+from qrpo_core.pipeline.workspace import Workspace
 from tests.vllm import shared
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -66,12 +66,12 @@ def test_compared_sampled_trained_and_evaluated_with_adapters_unmerged(
     wanted = experiment(model, tmp_path / "store")
     align(wanted)
     workspace = Workspace(wanted)
-    chain = stored_chain(workspace)
-    after = chain.after(chain.last()).after.samples
+    steps = stored_steps(workspace)
+    after = steps.after(steps.last()).after.samples
     assert after.policy.adapted
-    assert after.policy.start == chain.reference
-    for step in (chain.before.samples, after):
-        asked = parity.gate(step)
+    assert after.policy.start == steps.reference
+    for step in (steps.before.samples, after):
+        asked = parity.parity_check(step)
         assert asked is not None
         facts = workspace.artifacts.get(asked.recipe).facts
         assert facts["engine"] == "vllm/cpu/float32"

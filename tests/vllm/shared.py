@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from qrpo_core.engines.config import VllmConfig
+from qrpo_core.common.errors import ConfigError
+from qrpo_core.config.engines import VllmConfig
 from qrpo_core.engines.vllm_process import environment
 from qrpo_core.engines.vllm_setup import require
-from qrpo_core.errors import ConfigError
 from tests.conftest import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts
-from qrpo_core.errors import DataError
 
 GOOD = [{"prompt": f"Question {n}?", "ref": n, "a": f"answer {n}", "g": n} for n in range(12)]
 #: By line of the file: what is wrong with the row.
 BAD = {
-    13: (GOOD[3] | {"ref": 4}, "the prompt of {path}:4 stands here with another reference"),
+    13: (GOOD[3] | {"ref": 4}, "the prompt of {path}:4 stands here with another ground truth"),
     14: (GOOD[3] | {"g": 5}, "stands in 'a' with the reward 5.0, there with 3.0"),
     15: (GOOD[5] | {"a": ["x", "y", "x"], "g": [1, 2, 3]}, "stands in item 2 of 'a' with the reward 3.0"),
     16: ({"prompt": 3, "ref": 1, "a": "x", "g": 1}, "'prompt' is an integer"),
@@ -23,7 +23,7 @@ BAD = {
 def load(tmp_path, on_unusable, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fields = {"reference_field": "ref", "completion_fields": ("a",), "completion_reward_field": "g"}
+    fields = {"ground_truth_field": "ref", "completion_fields": ("a",), "completion_reward_field": "g"}
     return path, load_prompts(PromptsConfig(kind="file", path=str(path), on_unusable=on_unusable, **fields))
 
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts
-from qrpo_core.errors import DataError
 
 PAIR = {"chosen_field": "chosen", "rejected_field": "rejected"}
-ANSWER = {"reference_field": "answer"}
+ANSWER = {"ground_truth_field": "answer"}
 TRIES = {"completion_fields": ["tries"], "completion_reward_field": "r"}
 
 
@@ -98,11 +98,11 @@ FORMS = {
         TRIES,
         {"ungraded_completions": 12},
     ),
-    "a reference of 31 digits": ({"prompt": "{n}?", "answer": 10**30}, ANSWER, {}),
-    "NaN as the reference": ({"prompt": "{n}?", "answer": float("nan")}, ANSWER, "not a JSON value"),
+    "a ground truth of 31 digits": ({"prompt": "{n}?", "answer": 10**30}, ANSWER, {}),
+    "NaN as the ground truth": ({"prompt": "{n}?", "answer": float("nan")}, ANSWER, "not a JSON value"),
     "NaN beside it": ({"prompt": "{n}?", "answer": 1, "score": float("nan")}, ANSWER, {}),
-    "no reference": ({"prompt": "{n}?", "answer": None}, ANSWER, {"without_reference": 12}),
-    "no column of the reference": ({"prompt": "{n}?"}, ANSWER, "no field 'answer'"),
+    "no ground truth": ({"prompt": "{n}?", "answer": None}, ANSWER, {"without_ground_truth": 12}),
+    "no column of the ground truth": ({"prompt": "{n}?"}, ANSWER, "no field 'answer'"),
     "a lonely surrogate": ({"prompt": "{n} \ud83d y"}, {}, "half of a surrogate pair"),
     "a line separator": ({"prompt": "Question {n}?\u2028line"}, {}, {}),
     "a NUL": ({"prompt": "Question {n}?\0x"}, {}, {}),
@@ -133,11 +133,11 @@ def test_a_form(tmp_path, name):
 
 
 @pytest.mark.parametrize("second", ["1", 1.0, None, "01"])
-def test_one_prompt_with_two_references(tmp_path, second):
+def test_one_prompt_with_two_ground_truths(tmp_path, second):
     path = tmp_path / "rows.jsonl"
     again = json.dumps({"prompt": "3?", "answer": second}) + "\n"
     write(path, {"prompt": "{n}?", "answer": 1}, lambda lines: "".join([*lines, again]))
-    with pytest.raises(DataError, match=r"jsonl:4 stands here with another reference \[.*jsonl:13\]"):
+    with pytest.raises(DataError, match=r"jsonl:4 stands here with another ground truth \[.*jsonl:13\]"):
         load_prompts(PromptsConfig(kind="file", path=str(path), **ANSWER))
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qrpo_core.common.errors import ConfigError, DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.generated import CHUNK, SEED_STRIDE
 from qrpo_core.data.sources import load_prompts
-from qrpo_core.errors import ConfigError, DataError
 
 WORDS = {"thing": ("a cat", "a dog", "a boat", "the sea"), "mood": ("calm", "busy")}
 TEMPLATES = ("Write about {thing}.", "Is {thing} {mood}? {thing}!")
@@ -33,8 +33,8 @@ def texts(config):
     return [row[-1]["content"] for row in load_prompts(config).prompts["messages"].to_pylist()]
 
 
-def references(config):
-    return [json.loads(text) for text in load_prompts(config).prompts["reference"].to_pylist()]
+def ground_truths(config):
+    return [json.loads(text) for text in load_prompts(config).prompts["ground_truth"].to_pylist()]
 
 
 def test_all_of_the_product():
@@ -111,15 +111,15 @@ def test_template_that_asks_nothing():
         load_prompts(template(2, (" {a}",), {"a": ("", "x")}))
 
 
-def test_reference_serves_the_tasks_own_scorer():
+def test_ground_truth_serves_the_tasks_own_scorer():
     from reasoning_gym import create_dataset
 
     config = gym(20, max_terms=3, max_digits=2)
-    for reference in references(config):
-        assert reference["task"] == "chain_sum"
-        assert reference["parameters"] == {"max_terms": 3, "max_digits": 2}
-        scorer = create_dataset(reference["task"], **reference["parameters"])
-        entry = reference["entry"]
+    for ground_truth in ground_truths(config):
+        assert ground_truth["task"] == "chain_sum"
+        assert ground_truth["parameters"] == {"max_terms": 3, "max_digits": 2}
+        scorer = create_dataset(ground_truth["task"], **ground_truth["parameters"])
+        entry = ground_truth["entry"]
         assert scorer.score_answer(entry["answer"], entry) == 1.0
         assert scorer.score_answer("no number", entry) < 1.0
 

@@ -11,25 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qrpo_core import ids
+from qrpo_core.common import hashing
+from qrpo_core.common.errors import DataError
+from qrpo_core.common.schemas import OFFLINE
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts
-from qrpo_core.errors import DataError
-from qrpo_core.records import OFFLINE
+from tests.core.data.completion_rows import ASK, BARE, GRADED, SYSTEM, answer, good
 
 GSM8K = Path(__file__).resolve().parents[4] / "shared" / "data" / "gsm8k" / "model_solutions_400.jsonl"
-GRADED = {"completion_fields": ("a", "b"), "completion_reward_field": "grade"}
-BARE = {"completion_fields": ("a", "b")}
-ASK = {"role": "user", "content": "Question 0?"}
-SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def answer(text):
-    return {"role": "assistant", "content": text}
-
-
-def good(text, grade=1):
-    return {"text": text, "grade": grade}
 
 
 def load(folder, rows, **fields):
@@ -63,11 +52,11 @@ def test_a_conversation_gives_the_prompt(tmp_path):
 def test_the_table(tmp_path):
     found = load(tmp_path, [one([good("x"), good("y", 0.5)], good("z", None)), *others()], **GRADED)
     assert found.offline.schema.equals(OFFLINE, check_metadata=True)
-    place, prompt = f"{tmp_path / 'rows.jsonl'}:1", ids.prompt_id([ASK])
+    place, prompt = f"{tmp_path / 'rows.jsonl'}:1", hashing.prompt_id([ASK])
     assert found.offline.to_pylist() == [
         {
             "prompt_id": prompt,
-            "sample_index": ids.completion_index(text),
+            "sample_index": hashing.completion_index(text),
             "text": text,
             "label": "",
             "pair": None,
@@ -204,7 +193,7 @@ def test_identities_do_not_depend_on_other_rows(tmp_path_factory, drawn, inserte
     seed.shuffle(rows)
     after = identities(load(folder, rows, **GRADED).offline)
     kept = {
-        (ids.prompt_id([{"role": "user", "content": f"Question {n}?"}]), text)
+        (hashing.prompt_id([{"role": "user", "content": f"Question {n}?"}]), text)
         for n, texts in drawn
         for text in texts
     }
@@ -224,7 +213,7 @@ def test_identities_in_pairs(tmp_path_factory, pairs):
     second = load(tmp_path_factory.mktemp("rows"), rows, **fields)
     for found in (first, second):
         table = found.offline.to_pylist()
-        assert all(row["sample_index"] == ids.completion_index(row["text"]) for row in table)
+        assert all(row["sample_index"] == hashing.completion_index(row["text"]) for row in table)
         sides = {(row["pair"], row["label"]): row["text"] for row in table}
         numbers = range(len(set(pairs)))
         assert {(sides[n, "chosen"], sides[n, "rejected"]) for n in numbers} == set(pairs)
@@ -236,9 +225,9 @@ def test_identities_in_pairs(tmp_path_factory, pairs):
 
 def test_the_number_of_a_text():
     """Stores hold rows under these numbers: a change orphans them."""
-    assert ids.completion_index("Grüß Gott") == 1161479373
-    assert ids.completion_index("") != ids.completion_index(" ")
-    numbers = [ids.completion_index(str(n)) for n in range(2000)]
+    assert hashing.completion_index("Grüß Gott") == 1161479373
+    assert hashing.completion_index("") != hashing.completion_index(" ")
+    numbers = [hashing.completion_index(str(n)) for n in range(2000)]
     assert len(set(numbers)) == 2000
     assert 0 <= min(numbers) < 2**22 < 2**31 - 2**22 < max(numbers) < 2**31
 
@@ -262,11 +251,11 @@ FIRST, SECOND = "twin 53212", "twin 64865"
     ],
 )
 def test_two_texts_with_one_number_are_refused_with_both_rows(tmp_path, rows, fields, places):
-    assert ids.completion_index(FIRST) == ids.completion_index(SECOND)
+    assert hashing.completion_index(FIRST) == hashing.completion_index(SECOND)
     with pytest.raises(DataError) as caught:
         load(tmp_path, [*rows, *others()], **fields)
     first, second = (place.format(tmp_path / "rows.jsonl") for place in places)
-    number = ids.completion_index(FIRST)
+    number = hashing.completion_index(FIRST)
     assert str(caught.value) == (
         f"two completions of one prompt have the same number {number}; the other is that of {first} "
         f"[{second}]: change one of the two texts by a character, or leave it out"
@@ -285,7 +274,7 @@ def test_graded_model_solutions_of_gsm8k():
             kind="file",
             path=str(GSM8K),
             prompt_field="question",
-            reference_field="ground_truth",
+            ground_truth_field="ground_truth",
             completion_fields=columns,
             completion_text_field="solution",
             completion_reward_field="is_correct",
@@ -300,7 +289,9 @@ def test_graded_model_solutions_of_gsm8k():
     assert found.offline.num_rows == 1599
     absent = {"merged": 0, "filtered": 0, "empty_completions": 0, "ungraded_completions": 0}
     assert {name: found.counts.get(name, 0) for name in absent} == absent
-    prompts = {row["question"]: ids.prompt_id([{"role": "user", "content": row["question"]}]) for row in raw}
+    prompts = {
+        row["question"]: hashing.prompt_id([{"role": "user", "content": row["question"]}]) for row in raw
+    }
     graded = {
         (prompts[row["question"]], row[column]["solution"]): float(row[column]["is_correct"])
         for row in raw

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.rows import check_columns, parse_row
 from qrpo_core.data.sources import load_prompts
-from qrpo_core.errors import DataError
 
 
 def config(**fields):
@@ -134,7 +134,7 @@ def test_grades_that_do_not_fit_are_refused(row, fields, says):
     assert says in refused(row, **fields)
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**70), 2**70))
+@given(st.floats(-1e100, 1e100) | st.integers(-(2**70), 2**70))
 def test_a_text_grades_as_the_number_that_it_spells(number):
     assert rewards({"a": "x", "g": repr(number)}, **ONE) == [float(number)]
     assert rewards({"a": "x", "g": f" {number!r} "}, **ONE) == rewards({"a": "x", "g": number}, **ONE)
@@ -157,11 +157,11 @@ def test_less_is_better_has_no_minus_zero():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (ONE | {"completion_reward_field": "rank"}, "write '-rank' where less is better and '+rank'"),
-        (ONE | {"completion_reward_field": "answers.Rank"}, "does not say which is better"),
-        (ONE | {"completion_reward_field": "eval_loss"}, "does not say which is better"),
-        (ONE | {"completion_reward_field": "bestRank"}, "does not say which is better"),
-        (ONE | {"completion_reward_field": "RANK"}, "does not say which is better"),
+        (ONE | {"completion_reward_field": "rank"}, "write '-rank' if less is better and '+rank'"),
+        (ONE | {"completion_reward_field": "answers.Rank"}, "does not say whether more is better"),
+        (ONE | {"completion_reward_field": "eval_loss"}, "does not say whether more is better"),
+        (ONE | {"completion_reward_field": "bestRank"}, "does not say whether more is better"),
+        (ONE | {"completion_reward_field": "RANK"}, "does not say whether more is better"),
         (
             {"chosen_field": "c", "rejected_field": "r"}
             | {"chosen_reward_field": "rank_chosen", "rejected_reward_field": "rank_rejected"},

@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from qrpo_core import ids
+from qrpo_core.common import hashing
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts, source_identity
-from qrpo_core.errors import DataError
 
 FIRST, SECOND = "a" * 40, "b" * 40
 
@@ -29,7 +29,7 @@ def write(path, rows):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set directory with two splits, message lists and references."""
+    """A data set directory with two splits, message lists and ground truths."""
     ask = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ""}]
     rows = [
         {"prompt": [ask[0], ask[1] | {"content": f"{number}?"}], "answer": number} for number in range(20)
@@ -40,10 +40,10 @@ def folder(tmp_path):
 
 
 def test_a_local_directory(folder):
-    found = load_prompts(config(folder, reference_field="answer")).prompts.to_pylist()
+    found = load_prompts(config(folder, ground_truth_field="answer")).prompts.to_pylist()
     assert [row["messages"][1]["content"] for row in found] == [f"{number}?" for number in range(20)]
     assert [row["messages"][0]["role"] for row in found] == ["system"] * 20
-    assert [json.loads(row["reference"]) for row in found] == list(range(20))
+    assert [json.loads(row["ground_truth"]) for row in found] == list(range(20))
     assert found[3]["source"] == f"{folder}/train.jsonl:4"
 
 
@@ -65,7 +65,7 @@ def test_a_changed_file_is_read_again(folder):
 def test_identity_of_a_directory_is_its_files(folder):
     first = source_identity(config(folder))
     assert first == {
-        "files": {name: ids.digest_file(folder / name) for name in ("test.jsonl", "train.jsonl")}
+        "files": {name: hashing.digest_file(folder / name) for name in ("test.jsonl", "train.jsonl")}
     }
     (folder / ".cache").mkdir()
     (folder / ".cache" / "junk").write_text("x")
@@ -90,7 +90,7 @@ def test_refused_directories(folder, tmp_path):
         load_prompts(config(folder, split="train[:x]"))
     (folder / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"no field 'anwser' \[.*train.jsonl:1\]: did you mean 'answer'"):
-        load_prompts(config(folder, reference_field="anwser"))
+        load_prompts(config(folder, ground_truth_field="anwser"))
 
 
 def test_a_bad_row_is_named(folder):
@@ -144,7 +144,7 @@ SCRIPT = """
 import sys
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts, source_identity
-from qrpo_core.errors import DataError
+from qrpo_core.common.errors import DataError
 for argument in sys.argv[1:]:
     name, _, revision = argument.removesuffix(" streamed").partition("@")
     streaming = argument.endswith(" streamed")
@@ -238,21 +238,21 @@ def test_instructions_with_conversations_alone(tmp_path):
     assert len(found.offline) == 40
 
 
-def test_a_reference_of_several_columns(tmp_path):
+def test_a_ground_truth_of_several_columns(tmp_path):
     rows = [{"text": f"add {n}", "test_list": [f"assert f({n})"], "test_setup_code": ""} for n in range(20)]
     write(tmp_path / "code" / "train.jsonl", rows)
-    fields = {"prompt_field": "text", "reference_fields": ("test_list", "test_setup_code")}
+    fields = {"prompt_field": "text", "ground_truth_fields": ("test_list", "test_setup_code")}
     found = load_prompts(config(tmp_path / "code", **fields)).prompts.to_pylist()
-    assert json.loads(found[2]["reference"]) == {"test_list": ["assert f(2)"], "test_setup_code": ""}
+    assert json.loads(found[2]["ground_truth"]) == {"test_list": ["assert f(2)"], "test_setup_code": ""}
     with pytest.raises(DataError, match="no field 'test'"):
-        load_prompts(config(tmp_path / "code", prompt_field="text", reference_fields=("test",)))
+        load_prompts(config(tmp_path / "code", prompt_field="text", ground_truth_fields=("test",)))
     with pytest.raises(ValueError, match="exclude each other"):
-        config(tmp_path / "code", reference_field="test_list", **fields)
+        config(tmp_path / "code", ground_truth_field="test_list", **fields)
 
 
 def test_a_stream_gives_the_same_prompts_and_names(folder):
-    whole = load_prompts(config(folder, reference_field="answer"))
-    stream = load_prompts(config(folder, reference_field="answer", streaming=True))
+    whole = load_prompts(config(folder, ground_truth_field="answer"))
+    stream = load_prompts(config(folder, ground_truth_field="answer", streaming=True))
     assert stream.prompts.equals(whole.prompts)
     assert stream.counts == whole.counts
     with pytest.raises(DataError, match="has no split 'validation'"):

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.rows import parse_row
-from qrpo_core.errors import DataError
 
 ASK = {"role": "user", "content": "Why?"}
 GOOD = {"role": "assistant", "content": "So."}
@@ -211,10 +211,10 @@ def test_a_column_of_system_turns():
 def test_fields_inside_fields():
     row = {"extra": {"ask": "Why?", "answer": 3}, "a.b": 4, "none": None}
 
-    def reference(name):
-        return parse(row, prompt_field="extra.ask", reference_field=name).reference
+    def ground_truth(name):
+        return parse(row, prompt_field="extra.ask", ground_truth_field=name).ground_truth
 
-    assert (reference("extra.answer"), reference("a.b"), reference("none.at.all")) == (3, 4, None)
-    message = refused(row, prompt_field="extra.ask", reference_field="extra.answr")
+    assert (ground_truth("extra.answer"), ground_truth("a.b"), ground_truth("none.at.all")) == (3, 4, None)
+    message = refused(row, prompt_field="extra.ask", ground_truth_field="extra.answr")
     assert "no field 'extra.answr' [rows.jsonl:7]: did you mean 'extra.answer'?" in message
     assert "no field 'extra.ask.x'" in refused(row, prompt_field="extra.ask.x")

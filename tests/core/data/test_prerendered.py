@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts
-from qrpo_core.errors import DataError
-from tests.core.chat_families import FAMILIES
+from tests.core.models.chat_families import FAMILIES
 
 RENDERED = {
     name: family.tokenizer().apply_chat_template(

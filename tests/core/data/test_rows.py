@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.rows import check_columns, parse_row
-from qrpo_core.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "Why?"}
@@ -47,16 +47,16 @@ def test_whole_conversation_is_kept():
 
 
 @pytest.mark.parametrize("value", [3, "4", 0.5, [1], {"a": None}, False, "", 0])
-def test_reference_is_any_json_value(value):
+def test_ground_truth_is_any_json_value(value):
     notes = Counter()
-    assert parse({"prompt": "x", "a": value}, config(reference_field="a"), notes).reference == value
-    assert not notes["without_reference"]
+    assert parse({"prompt": "x", "a": value}, config(ground_truth_field="a"), notes).ground_truth == value
+    assert not notes["without_ground_truth"]
 
 
-def test_null_reference_is_counted():
+def test_null_ground_truth_is_counted():
     notes = Counter()
-    assert parse({"prompt": "x", "a": None}, config(reference_field="a"), notes).reference is None
-    assert notes["without_reference"] == 1
+    assert parse({"prompt": "x", "a": None}, config(ground_truth_field="a"), notes).ground_truth is None
+    assert notes["without_ground_truth"] == 1
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_extra_keys_are_counted_and_null_ones_are_nothing():
     assert notes == {"ignored_message_keys": 2}
 
 
-def test_missing_reference_is_refused():
-    assert "no field 'answer'" in refused({"prompt": "x", "anser": 1}, config(reference_field="answer"))
+def test_missing_ground_truth_is_refused():
+    assert "no field 'answer'" in refused({"prompt": "x", "anser": 1}, config(ground_truth_field="answer"))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,6 @@ def test_rows_without_pair_and_empty_completions_are_counted():
 def test_columns():
     assert check_columns(["id", "chosen", "rejected"], pairs(), "t") == ["chosen", "rejected"]
     with pytest.raises(DataError, match=r"no column 'answer' .* did you mean 'answers'"):
-        check_columns(["prompt", "answers"], config(reference_field="answer"), "t")
+        check_columns(["prompt", "answers"], config(ground_truth_field="answer"), "t")
     with pytest.raises(DataError, match="no column 'prompt'"):
         check_columns(["text"], config(), "t")

@@ -1,4 +1,4 @@
-"""Rows as well-known data sets have them, loaded by the configuration that docs/data.md gives."""
+"""Rows of well-known data sets, loaded by the configuration in docs/how-to/bring-your-own-data.md."""
 
 import json
 import re
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts
-from qrpo_core.errors import DataError
 
-DOCS = Path(__file__).parents[3] / "docs" / "data.md"
+DOCS = Path(__file__).parents[3] / "docs" / "how-to" / "bring-your-own-data.md"
 
 
 def user(text):
@@ -35,7 +35,7 @@ PAIR = {"chosen": [user("Q{n}"), assistant("good")], "rejected": [user("Q{n}"), 
 HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Q{n}\n\nAssistant:"
 TALK = [user("Hi"), assistant("Hello."), user("Q{n}")]
 
-#: Of every data set: a row ({n} is its number), its prompt, [(completion, label, reward)], its reference.
+#: Of every data set: a row ({n} is its number), its prompt, [(completion, label, reward)], its ground truth.
 ASK = [user("Q{n}")]
 LABELLED = [("good", "chosen", None), ("bad", "rejected", None)]
 SETS = {
@@ -233,7 +233,7 @@ SETS = {
 
 
 def documented():
-    """{data set: its configuration} of the table in docs/data.md."""
+    """{data set: its configuration} of the table in docs/how-to/bring-your-own-data.md."""
     part = DOCS.read_text(encoding="utf-8").split("\n## Data sets by name\n")[1]
     rows = re.findall(r"^\| ([^|]+) \| `([^`]+)` \|$", part, re.M)
     return {name: yaml.safe_load("{" + text + "}") for name, text in rows}
@@ -254,7 +254,7 @@ def test_every_documented_data_set_is_tried():
 @pytest.mark.parametrize("packing", ["lines", "array", "parquet"])
 @pytest.mark.parametrize("name", SETS)
 def test_a_data_set_loads_as_documented(tmp_path, name, packing):
-    row, prompt, completions, reference = SETS[name]
+    row, prompt, completions, ground_truth = SETS[name]
     rows = [filled(row, n) for n in range(8)]
     path = tmp_path / {"lines": "rows.jsonl", "array": "rows.json", "parquet": "rows.parquet"}[packing]
     if packing == "parquet":
@@ -268,8 +268,8 @@ def test_a_data_set_loads_as_documented(tmp_path, name, packing):
     config = PromptsConfig(kind="file", path=str(path), held_out=0.5, **CONFIGURATIONS[name])
     found = load_prompts(config)
     assert found.prompts["messages"].to_pylist() == [filled(prompt, n) for n in range(8)]
-    if reference is not None:
-        assert json.loads(found.prompts["reference"][3].as_py()) == filled(reference, 3)
+    if ground_truth is not None:
+        assert json.loads(found.prompts["ground_truth"][3].as_py()) == filled(ground_truth, 3)
     columns = (found.offline[column].to_pylist() for column in ("text", "label", "reward"))
     assert list(zip(*columns, strict=True)) == completions * 8
 

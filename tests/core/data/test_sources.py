@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qrpo_core import ids
+from qrpo_core.common import hashing
+from qrpo_core.common.errors import DataError
+from qrpo_core.common.schemas import OFFLINE, PROMPTS
 from qrpo_core.config import PromptsConfig
+from qrpo_core.config.reading import load_experiment
 from qrpo_core.data.sources import load_prompts, source_identity
-from qrpo_core.errors import DataError
-from qrpo_core.experiments import load_experiment
-from qrpo_core.records import OFFLINE, PROMPTS
 
 EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
 
@@ -36,28 +36,28 @@ def test_tables_have_their_schemas(tmp_path):
     assert found.offline.num_rows == 0
     row = found.prompts.to_pylist()[4]
     messages = [{"role": "user", "content": "Question 4?"}]
-    assert row["prompt_id"] == ids.prompt_id(messages)
+    assert row["prompt_id"] == hashing.prompt_id(messages)
     assert row["messages"] == messages
-    assert row["reference"] is None
-    assert row["reference_digest"] == ""
+    assert row["ground_truth"] is None
+    assert row["ground_truth_digest"] == ""
     assert row["source"] == f"{tmp_path / 'rows.jsonl'}:5"
 
 
 def test_the_split_is_decided_by_the_prompt_alone(tmp_path):
     found = load(tmp_path, numbered(40), held_out=0.3).prompts.to_pylist()
     for row in found:
-        held_out = ids.split_fraction(row["prompt_id"]) < 0.3
+        held_out = hashing.split_fraction(row["prompt_id"]) < 0.3
         assert row["split"] == ("held_out" if held_out else "train")
     more = load(tmp_path, [*numbered(60)[30:], *numbered(30)], held_out=0.3).prompts.to_pylist()
     sides = {row["prompt_id"]: row["split"] for row in more}
     assert all(sides[row["prompt_id"]] == row["split"] for row in found)
 
 
-def test_reference_and_its_digest(tmp_path):
+def test_ground_truth_and_its_digest(tmp_path):
     rows = [row | {"answer": {"b": number, "a": "ü"}} for number, row in enumerate(numbered(20))]
-    row = load(tmp_path, rows, reference_field="answer").prompts.to_pylist()[2]
-    assert row["reference"] == '{"a":"ü","b":2}'
-    assert row["reference_digest"] == ids.digest_json({"a": "ü", "b": 2})
+    row = load(tmp_path, rows, ground_truth_field="answer").prompts.to_pylist()[2]
+    assert row["ground_truth"] == '{"a":"ü","b":2}'
+    assert row["ground_truth_digest"] == hashing.digest_json({"a": "ü", "b": 2})
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,18 +77,18 @@ def test_every_row_is_accounted_for(tmp_path_factory, numbers, limit):
     assert counts["prompts"] == found.prompts.num_rows == counts["train"] + counts["held_out"]
 
 
-def test_unequal_references_are_refused_with_both_rows(tmp_path):
+def test_unequal_ground_truths_are_refused_with_both_rows(tmp_path):
     rows = [row | {"a": 1} for row in numbered(3)]
     clash = {"prompt": [{"role": "user", "content": "Question 1?"}], "a": 2}
     with pytest.raises(DataError) as caught:
-        load(tmp_path, [*rows, clash], reference_field="a")
+        load(tmp_path, [*rows, clash], ground_truth_field="a")
     path = tmp_path / "rows.jsonl"
     assert str(caught.value) == (
-        f"the prompt of {path}:2 stands here with another reference [{path}:4]: keep one of the two rows"
+        f"the prompt of {path}:2 stands here with another ground truth [{path}:4]: keep one of the two rows"
     )
-    with pytest.raises(DataError, match="with another reference"):
-        load(tmp_path, [*rows, clash | {"a": None}], reference_field="a")
-    assert load(tmp_path, [*rows * 4, *numbered_answers(20)], reference_field="a").counts["merged"] == 12
+    with pytest.raises(DataError, match="with another ground truth"):
+        load(tmp_path, [*rows, clash | {"a": None}], ground_truth_field="a")
+    assert load(tmp_path, [*rows * 4, *numbered_answers(20)], ground_truth_field="a").counts["merged"] == 12
 
 
 def numbered_answers(count):
@@ -103,7 +103,25 @@ def test_system_turn(tmp_path):
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Question 0?"},
     ]
-    assert found[1]["prompt_id"] == ids.prompt_id(found[1]["messages"])
+    assert found[1]["prompt_id"] == hashing.prompt_id(found[1]["messages"])
+
+
+def test_examples_stand_between_the_system_turn_and_the_prompt(tmp_path):
+    own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
+    examples = [{"prompt": "One?", "completion": "1."}, {"prompt": "Two?", "completion": "2."}]
+    shown = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2."},
+    ]
+    rows = [{"prompt": own}, *numbered(20)]
+    found = load(tmp_path, rows, system="Be kind.", examples=examples).prompts["messages"].to_pylist()
+    assert found[0] == [own[0], *shown, own[1]]
+    first = {"role": "user", "content": "Question 0?"}
+    assert found[1] == [{"role": "system", "content": "Be kind."}, *shown, first]
+    bare = load(tmp_path, rows, examples=examples).prompts["messages"].to_pylist()
+    assert bare[1] == [*shown, first]
 
 
 def test_system_turn_can_make_prompts_equal(tmp_path):
@@ -127,7 +145,7 @@ def test_offline_rows_keep_pairs_together(tmp_path):
         (1, "better", "chosen", f"{place}:21", None),
         (1, "bad", "rejected", f"{place}:21", None),
     ]
-    assert all(row["sample_index"] == ids.completion_index(row["text"]) for row in table)
+    assert all(row["sample_index"] == hashing.completion_index(row["text"]) for row in table)
     assert found.counts["repeated_pairs"] == 1
     assert found.counts["merged"] == 2
     assert found.counts["filtered"] == 1
@@ -149,7 +167,7 @@ def test_shipped_experiments(name):
     found = load_prompts(config)
     assert found.prompts.num_rows == config.size
     assert found.counts["held_out"] >= 100
-    larger = load_experiment(EXPERIMENTS / f"{name}.yaml", ["prompts.size=190"]).prompts
+    larger = load_experiment(EXPERIMENTS / f"{name}.yaml", [f"prompts.size={config.size + 10}"]).prompts
     assert load_prompts(larger).prompts.slice(0, config.size).equals(found.prompts)
 
 

@@ -9,34 +9,34 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import PromptsConfig
 from qrpo_core.data.sources import load_prompts
-from qrpo_core.errors import DataError
 
 
 def config(kind, place, **fields):
     where = {"path": str(place)} if kind == "file" else {"name": str(place)}
-    return PromptsConfig(kind=kind, **where, **{"held_out": 0.5, "reference_field": "answer"} | fields)
+    return PromptsConfig(kind=kind, **where, **{"held_out": 0.5, "ground_truth_field": "answer"} | fields)
 
 
-def references(found):
-    return [text and json.loads(text) for text in found.prompts["reference"].to_pylist()]
+def ground_truths(found):
+    return [text and json.loads(text) for text in found.prompts["ground_truth"].to_pylist()]
 
 
 def both(folder, name, **fields):
-    """The references of a file, which its directory as a data set gives as well."""
+    """The ground truths of a file, which its directory as a data set gives as well."""
     found = load_prompts(config("file", folder / name, **fields))
     again = load_prompts(config("hub", folder, **fields))
-    columns = ["prompt_id", "messages", "reference", "reference_digest", "split"]
+    columns = ["prompt_id", "messages", "ground_truth", "ground_truth_digest", "split"]
     assert again.prompts.select(columns).equals(found.prompts.select(columns))
     kept = [name for name in found.offline.column_names if name != "source"]
     assert again.offline.select(kept).equals(found.offline.select(kept))
     assert again.counts == found.counts
     assert again.prompts["source"][1].as_py() == found.prompts["source"][1].as_py()
-    return references(found)
+    return ground_truths(found)
 
 
 def parquet(folder, values, kind=None):
@@ -80,7 +80,7 @@ def test_cells_of_csv_are_text(tmp_path):
         path.write_text("\ufeff" + "\r\n".join([f"prompt{delimiter}answer", *rows, ""]), newline="")
         assert both(path.parent, path.name) == [*answers[:-1], None]
         found = load_prompts(config("file", path))
-        assert found.counts["without_reference"] == 1
+        assert found.counts["without_ground_truth"] == 1
         assert found.prompts["source"].to_pylist()[6:] == [f"{path}:8", f"{path}:10"]
 
 
@@ -169,11 +169,10 @@ def test_columns_of_tables(tmp_path, kind, values, seen):
     ],
 )
 def test_what_json_has_no_word_for_is_refused(tmp_path, kind, value):
-    with pytest.raises(DataError, match="the reference is not a JSON value"):
+    with pytest.raises(DataError, match="the ground truth is not a JSON value"):
         parquet(tmp_path, [value] * 8, kind)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=5))
 def test_float32_is_its_shortest_spelling(numbers):
     from qrpo_core.data.arrow_rows import table_rows
@@ -185,7 +184,7 @@ def test_float32_is_its_shortest_spelling(numbers):
 
 
 def test_grades_of_float32_and_decimal(tmp_path):
-    fields = {"completion_fields": ("a",), "completion_reward_field": "g", "reference_field": None}
+    fields = {"completion_fields": ("a",), "completion_reward_field": "g", "ground_truth_field": None}
     for kind, value in ((pa.float32(), 0.1), (pa.decimal128(5, 2), Decimal("0.10")), (pa.float16(), 0.1)):
         values = np.full(8, value, np.float16) if kind == pa.float16() else [value] * 8
         table = {"prompt": [f"{n}?" for n in range(8)], "a": ["x"] * 8, "g": pa.array(values, kind)}
@@ -203,7 +202,7 @@ def test_items_of_an_array_have_places(tmp_path):
     assert found.prompts["source"].to_pylist() == [
         f"{tmp_path}/rows.json:{2 + 4 * n} item {n}" for n in range(8)
     ]
-    assert references(found) == list(range(8))
+    assert ground_truths(found) == list(range(8))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +235,7 @@ def test_arrays_that_cannot_be_read(tmp_path, text, says):
     path = tmp_path / "rows.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError) as caught:
-        load_prompts(config("file", path, reference_field=None))
+        load_prompts(config("file", path, ground_truth_field=None))
     assert says.replace("{path}", str(path)) in str(caught.value)
 
 
@@ -271,14 +270,14 @@ def card(folder, text):
 def test_options_of_the_card(tmp_path):
     card(tmp_path, '  data_files: rows.csv\n  sep: ";"\n')
     (tmp_path / "rows.csv").write_text("prompt;answer\n" + "".join(f"Q {n};0{n}\n" for n in range(8)))
-    assert references(load_prompts(config("hub", tmp_path))) == [f"0{n}" for n in range(8)]
+    assert ground_truths(load_prompts(config("hub", tmp_path))) == [f"0{n}" for n in range(8)]
     card(tmp_path, "  data_files: rows.csv\n  names: [prompt, answer]\n")
     with pytest.raises(DataError, match=r"the card of data set .* sets names for its csv files"):
         load_prompts(config("hub", tmp_path))
     card(tmp_path, "  data_files: rows.json\n  field: data\n")
     (tmp_path / "rows.json").write_text(json.dumps({"data": [row | {"answer": BIG} for row in ROWS]}))
     found = load_prompts(config("hub", tmp_path))
-    assert references(found) == [BIG] * 8
+    assert ground_truths(found) == [BIG] * 8
     assert found.prompts["source"][2].as_py() == f"{tmp_path}/rows.json item 2 of 'data'"
 
 
@@ -289,7 +288,7 @@ def test_other_files_are_read_by_the_library(tmp_path, streaming):
     text = tmp_path / "text"
     text.mkdir()
     (text / "train.txt").write_text("".join(f"Question {n}?\n" for n in range(8)))
-    fields = {"reference_field": None, "prompt_field": "text", "streaming": streaming}
+    fields = {"ground_truth_field": None, "prompt_field": "text", "streaming": streaming}
     found = load_prompts(config("hub", text, **fields))
     assert found.prompts["source"][3].as_py() == f"{text}[train] row 3"
     arrow = tmp_path / "arrow"
@@ -298,9 +297,9 @@ def test_other_files_are_read_by_the_library(tmp_path, streaming):
     writer = datasets.arrow_writer.ArrowWriter(path=str(arrow / "train.arrow"))
     writer.write_table(pa.table(columns))
     writer.finalize()
-    assert references(load_prompts(config("hub", arrow, streaming=streaming))) == [0.1] * 8
+    assert ground_truths(load_prompts(config("hub", arrow, streaming=streaming))) == [0.1] * 8
     with pytest.raises(DataError, match=r"no column 'anwser' \[.*\[train\]\]: did you mean 'answer'"):
-        load_prompts(config("hub", arrow, reference_field="anwser", streaming=streaming))
+        load_prompts(config("hub", arrow, ground_truth_field="anwser", streaming=streaming))
     with pytest.raises(DataError, match="has no split 'test'"):
         load_prompts(config("hub", arrow, split="test", streaming=streaming))
 

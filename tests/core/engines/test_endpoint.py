@@ -5,96 +5,19 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
-import struct
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import SO_LINGER, SOL_SOCKET
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from qrpo_core.engines.base import SampleRequest, SamplingParams, ScoreRequest
-from qrpo_core.engines.config import EndpointConfig
-from qrpo_core.engines.endpoint import EndpointEngine
-from qrpo_core.engines.endpoint_client import base_url
-from qrpo_core.errors import ConfigError, EngineError
-
-END = 7
-PARAMS = SamplingParams(temperature=0.8, top_p=0.9, max_new_tokens=4, stop_token_ids=(END, 8))
-REQUESTS = [SampleRequest(f"p{row}", 0, (1, 2, row), 2**63 + row) for row in range(12)]
-
-#: What happens to a request: a status, headers and a body; "reset", "held"; None for a right answer.
-Fault = tuple[int, dict[str, str], str] | str | None
-
-
-class Server(ThreadingHTTPServer):
-    """A served model `m` that ends every completion at once, and the faults of the next requests."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.models: list[dict[str, Any]] = [{"id": "m", "max_model_len": 16}]
-        self.faults: list[Fault] = []
-        self.asked: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        self.running, self.most = 0, 0
-        self.seconds = 0.0
-        self.change: Callable[[dict[str, Any]], None] = lambda choice: None
-        self.lock = threading.Lock()
-        self.released = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        assert self.path == "/v1/models"
-        self.answer(200, {}, json.dumps({"data": self.server.models}))
-
-    def do_POST(self) -> None:
-        assert self.path == "/v1/completions"
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.asked.append(body)
-            server.keys.add(self.headers["Authorization"])
-            server.running += 1
-            server.most = max(server.most, server.running)
-            fault = server.faults.pop(0) if server.faults else None
-        time.sleep(server.seconds)
-        with server.lock:
-            server.running -= 1
-        if fault == "held":
-            server.released.wait(60)
-        elif fault == "reset":
-            self.connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
-            return
-        if isinstance(fault, tuple):
-            self.answer(*fault)
-            return
-        choice = {"token_ids": [5, END], "logprobs": {"token_logprobs": [-1.5, -0.25]}}
-        server.change(choice)
-        self.answer(200, {}, json.dumps({"choices": [choice]}))
-
-    def answer(self, status: int, headers: dict[str, str], text: str) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text.encode())
+from qrpo_core.common.errors import ConfigError, EngineError
+from qrpo_core.common.http import check_service_url
+from qrpo_core.engines.base import LogprobRequest, SampleRequest
+from tests.core.engines.endpoint_server import END, PARAMS, REQUESTS, Fault, Server, engine
 
 
 @pytest.fixture
@@ -106,11 +29,6 @@ def server() -> Iterator[Server]:
         running.released.set()
         running.shutdown()
         thread.join()
-
-
-def engine(server: Server, **settings: Any) -> EndpointEngine:
-    settings = {"url": server.url, "retry_seconds": 20.0, **settings}
-    return EndpointEngine(EndpointConfig(**settings), vocab_size=20, max_length=100)
 
 
 def test_what_is_asked(server: Server) -> None:
@@ -165,8 +83,9 @@ class TestTriedAgain:
         assert len(engine(server).sample(REQUESTS[:2], PARAMS)) == 2
         assert len(server.asked) == 4
 
-    def test_an_answer_that_takes_too_long(self, server: Server) -> None:
-        server.faults = ["held"]
+    @pytest.mark.parametrize("fault", ["held", "trickled"])
+    def test_an_answer_that_takes_too_long(self, server: Server, fault: str) -> None:
+        server.faults = [fault]
         assert len(engine(server, timeout_seconds=2).sample(REQUESTS[:1], PARAMS)) == 1
         assert len(server.asked) == 2
 
@@ -199,7 +118,13 @@ class TestTriedAgain:
 class TestRefused:
     @pytest.mark.parametrize(
         ("status", "remedy"),
-        [(400, "vLLM's server can"), (401, "MY_KEY"), (403, "MY_KEY"), (404, "endpoint.model"), (301, "url")],
+        [
+            (400, "vLLM's server does"),
+            (401, "MY_KEY"),
+            (403, "MY_KEY"),
+            (404, "endpoint.model"),
+            (301, "url"),
+        ],
     )
     def test_at_once_in_one_line_without_the_key(
         self, server: Server, monkeypatch: pytest.MonkeyPatch, status: int, remedy: str
@@ -252,12 +177,12 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"token_ids": None}, "no token ids"),
+            ({"token_ids": None}, "returns no token ids"),
             ({"logprobs": None}, "no log-probs"),
             ({"logprobs": {"token_logprobs": [-1.0]}}, "2 tokens and 1 log-probs"),
             ({"logprobs": {"token_logprobs": [-1.0, float("nan")]}}, "nan.*prompt p0"),
             ({"token_ids": [5, 6]}, "without an end token.*prompt p0"),
-            ({"prompt_token_ids": [0, 1, 2, 0]}, "read 4 prompt tokens where 3 were sent"),
+            ({"prompt_token_ids": [0, 1, 2, 0]}, r"read other prompt tokens \(4\) than were sent \(3\)"),
         ],
     )
     def test_answers_that_are_not_what_was_asked(
@@ -275,7 +200,7 @@ class TestRefused:
             ('{"choices": []}', 3, "no choices"),
             ("{}", 1, "no completion in the answer"),
             ('{"error": {"message": "no such model", "type": "model_not_found"}}', 1, "endpoint.model"),
-            ('{"object": "error", "message": "bad", "code": 400}', 1, "vLLM's server can"),
+            ('{"object": "error", "message": "bad", "code": 400}', 1, "vLLM's server does"),
         ],
     )
     def test_answers_that_are_none(self, server: Server, text: str, asked: int, told: str) -> None:
@@ -290,18 +215,63 @@ class TestRefused:
             {"token_ids": [END], "logprobs": {"token_logprobs": [-1.0]}}
         )
         made = engine(server)
-        assert made.logprobs([ScoreRequest((1,), (END,)), ScoreRequest((1,), ())]).tolist() == [-1.0, 0.0]
+        assert made.logprobs([LogprobRequest((1,), (END,)), LogprobRequest((1,), ())]).tolist() == [-1.0, 0.0]
         with pytest.raises(EngineError, match="scores no given tokens"):
-            made.logprobs([ScoreRequest((1,), (3, END))])
+            made.logprobs([LogprobRequest((1,), (3, END))])
 
 
 @pytest.mark.parametrize("url", [None, "", "host:8000", "ftp://host/v1", "http://"])
 def test_a_url_that_is_none(url: str | None) -> None:
     with pytest.raises(ConfigError, match=r"endpoint.url"):
-        base_url(EndpointConfig(url=url))
+        check_service_url(url, "endpoint.url", "MY_KEY")
 
 
-def test_a_password_in_the_url_is_refused_and_not_told() -> None:
-    with pytest.raises(ConfigError, match="OPENAI_API_KEY") as caught:
-        base_url(EndpointConfig(url="http://me:hidden@host/v1"))
+@pytest.mark.parametrize(
+    "url", ["http://me:hidden@host/v1", "ftp://me:hidden@host", "http://host/v1?key=hidden"]
+)
+def test_secrets_in_the_url_are_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="MY_KEY") as caught:
+        check_service_url(url, "endpoint.url", "MY_KEY")
     assert "hidden" not in str(caught.value)
+
+
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "hidden\x01")
+    with pytest.raises(ConfigError, match="MY_KEY") as caught:
+        engine(server, key_variable="MY_KEY")
+    assert "hidden" not in str(caught.value)
+
+
+def test_an_interrupt_cancels_the_requests_under_way(server: Server) -> None:
+    """Ctrl-C while the server holds its answers back: the call ends, and no thread waits for them."""
+    made = engine(server, concurrency=2)
+    server.faults = ["held"] * 2
+    before = set(threading.enumerate())  # other tests leave idle threads of AnyIO's in this process
+
+    def interrupt() -> None:
+        while server.running < 2 and len(server.asked) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    with pytest.raises(KeyboardInterrupt):
+        made.sample(REQUESTS, PARAMS)
+    sender.join()
+    assert len(server.asked) == 2
+    deadline = time.monotonic() + 30
+    while any("AnyIO" in thread.name for thread in set(threading.enumerate()) - before):
+        assert time.monotonic() < deadline  # the event loop's thread ends by itself
+        time.sleep(0.01)
+    # two remain: the server's own, which still hold their answers
+    assert len(set(threading.enumerate()) - before) <= 2
+
+
+def test_through_a_proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY is respected: the request line holds the whole URL."""
+    monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert engine(server, url="http://service.invalid/v1").name == "endpoint/m"
+    assert server.paths == ["http://service.invalid/v1/models"]

@@ -18,19 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrpo_core.engines.answers import checked_completion, checked_scores, seed_of
-from qrpo_core.engines.base import Completion, SampleRequest, SamplingParams, ScoreRequest
-from qrpo_core.engines.config import VllmConfig
-from qrpo_core.engines.hf import TransformersEngine
-from qrpo_core.engines.vllm import VllmEngine, deal
+from qrpo_core.common.errors import EngineError
+from qrpo_core.common.hashing import sample_seed
+from qrpo_core.config.reading import parse_experiment
+from qrpo_core.engines.base import Completion, LogprobRequest, SampleRequest, SamplingParams
+from qrpo_core.engines.transformers import TransformersEngine
+from qrpo_core.engines.validation import checked_completion, checked_logprobs, signed_seed
+from qrpo_core.engines.vllm import VllmEngine, split_rows
 from qrpo_core.engines.vllm_process import VllmProcess, environment
-from qrpo_core.engines.vllm_setup import gpu_groups, llm_arguments, require, visible_gpus
-from qrpo_core.errors import ConfigError, EngineError
-from qrpo_core.experiments import parse_experiment
-from qrpo_core.ids import sample_seed
-from qrpo_core.steps.blocks import sample_recipe
-from qrpo_core.steps.policies import Policy
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.pipeline.policies import Policy
+from qrpo_core.pipeline.row_recipes import sample_recipe
+from qrpo_core.pipeline.workspace import Workspace
 from tests.vllm import shared
 
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_token_ids=(257, 258))
@@ -42,42 +40,6 @@ def requests(prompts: int, samples: int = 3) -> list[SampleRequest]:
         for row in range(prompts)
         for index in range(samples)
     ]
-
-
-class TestPreflight:
-    @pytest.mark.parametrize("python", [sys.executable, "/nowhere/bin/python", "/bin/false"])
-    def test_an_interpreter_without_vllm(self, python: str) -> None:
-        with pytest.raises(ConfigError, match=r"has no vLLM \[vllm.python\]: make vllm-env"):
-            require(VllmConfig(python=python))
-
-    def test_gpus_are_dealt_in_groups(self) -> None:
-        assert gpu_groups(VllmConfig(), []) == [[]]
-        assert gpu_groups(VllmConfig(engines=2), []) == [[], []]
-        assert gpu_groups(VllmConfig(), ["0", "1", "5"]) == [["0"], ["1"], ["5"]]
-        assert gpu_groups(VllmConfig(tensor_parallel_size=2), list("0123")) == [["0", "1"], ["2", "3"]]
-        assert gpu_groups(VllmConfig(engines=1), ["3", "4"]) == [["3"]]
-
-    @pytest.mark.parametrize("wrong", [{"engines": 3}, {"tensor_parallel_size": 4}])
-    def test_more_gpus_than_are_visible(self, wrong: dict[str, int]) -> None:
-        with pytest.raises(ConfigError, match=r"2 are visible.*vllm.engines"):
-            gpu_groups(VllmConfig(**wrong), ["0", "1"])  # type: ignore[arg-type]
-
-    def test_visible_gpus_are_those_of_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 7")
-        assert visible_gpus() == ["2", "7"]
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert visible_gpus() == []
-
-    def test_adapters_need_room_for_their_rank(self, tmp_path: Path) -> None:
-        config = tmp_path / "adapter_config.json"
-        config.write_text(json.dumps({"r": 4, "rank_pattern": {"q": 12}, "target_modules": ["a.q", "v"]}))
-        arguments = llm_arguments(tmp_path, "float32", VllmConfig(), tmp_path)
-        assert (arguments["max_lora_rank"], arguments["lora_target_modules"]) == (16, ["q", "v"])
-        config.write_text(json.dumps({"r": 1000, "target_modules": ["q"]}))
-        with pytest.raises(EngineError, match="rank 1000"):
-            llm_arguments(tmp_path, "float32", VllmConfig(), tmp_path)
-        with pytest.raises(EngineError, match=r"no LoRA adapters.*nothing"):
-            llm_arguments(tmp_path, "float32", VllmConfig(), tmp_path / "nothing")
 
 
 def test_the_child_sees_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +59,7 @@ def test_the_child_sees_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_seeds_fit_into_signed_numbers_and_stay_apart() -> None:
     seeds = [0, 1, 2**32, 2**63 - 1, 2**63 + 5, 2**64 - 1]
-    taken = [seed_of(seed) for seed in seeds]
+    taken = [signed_seed(seed) for seed in seeds]
     assert all(0 <= seed < 2**63 for seed in taken)
     assert taken[:4] == seeds[:4]
     assert taken[4] == 5
@@ -108,7 +70,7 @@ def test_seeds_fit_into_signed_numbers_and_stay_apart() -> None:
 )
 def test_prompts_stay_together_and_work_is_balanced(rows: list[tuple[int, int]], engines: int) -> None:
     prompts, work = [(prompt,) for prompt, _ in rows], [each for _, each in rows]
-    shares = deal(prompts, work, engines)
+    shares = split_rows(prompts, work, engines)
     assert sorted(row for share in shares for row in share) == list(range(len(rows)))
     homes = [{prompts[row] for row in share} for share in shares]
     assert sum(map(len, homes)) == len(set(prompts))
@@ -134,7 +96,7 @@ class TestAnswers:
         with pytest.raises(EngineError, match=r"nan.*prompt p, sample 3"):
             checked_completion(self.REQUEST, [5, 257], [-1.0, float("nan")], PARAMS)
         with pytest.raises(EngineError, match=r"2 tokens and 1 log-probs.*row 4"):
-            checked_scores([-1.0], 2, 4)
+            checked_logprobs([-1.0], 2, 4)
 
 
 def test_rows_of_a_quantised_policy_are_another_policys(tiny_model: Path, tmp_path: Path) -> None:
@@ -156,7 +118,7 @@ def test_rows_of_a_quantised_policy_are_another_policys(tiny_model: Path, tmp_pa
 
 def test_an_engine_that_fails_names_its_log() -> None:
     """The real processes, in an environment without vLLM; nothing of them is left."""
-    process = VllmProcess(sys.executable, {"model": {}, "adapters": None})
+    process = VllmProcess(sys.executable, {"model": {}, "adapters": None, "batch_invariant": False})
     with pytest.raises(EngineError, match=r"No module named 'vllm'.*last lines") as caught:
         process.receive(60.0)
     log = Path(str(caught.value.where))
@@ -203,8 +165,8 @@ def adapted(model: Path) -> tuple[Path, Path]:
     import torch
 
     from qrpo_core.config import TrainingConfig
-    from qrpo_core.policy import load_model, load_tokenizer
-    from qrpo_core.train.lora import add_adapters, merge, save_adapters
+    from qrpo_core.models.loading import load_model, load_tokenizer
+    from qrpo_core.training.lora import add_adapters, merge, save_adapters
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
@@ -237,22 +199,36 @@ class TestTheProcess:
         assert engine.name == "vllm/cpu/float32"
         asked = requests(4)
         drawn = engine.sample(asked, PARAMS)
-        scores = [ScoreRequest(r.prompt_token_ids, c.token_ids) for r, c in zip(asked, drawn, strict=True)]
+        scores = [LogprobRequest(r.prompt_token_ids, c.token_ids) for r, c in zip(asked, drawn, strict=True)]
         merged = TransformersEngine(adapted[1], "float32").logprobs(scores)
         plain = TransformersEngine(model, "float32").logprobs(scores)
         np.testing.assert_allclose([c.logprob for c in drawn], merged, rtol=0, atol=1e-3)
         np.testing.assert_allclose(engine.logprobs(scores), merged, rtol=0, atol=1e-3)
-        by_token = engine.token_logprobs([*scores, ScoreRequest((1,), ())])
+        by_token = engine.token_logprobs([*scores, LogprobRequest((1,), ())])
         assert [len(row) for row in by_token] == [len(c.token_ids) for c in drawn] + [0]
         np.testing.assert_allclose([row.sum() for row in by_token[:-1]], merged, rtol=0, atol=1e-3)
         assert np.abs(plain - merged).max() > 1.0
+
+    def test_rows_are_those_of_the_engine_transformers(
+        self, engine: VllmEngine, adapted: tuple[Path, Path]
+    ) -> None:
+        """One seed draws one row in both, but where rounding decides."""
+        assert engine.facts["runner"] == "V1"
+        assert not engine.exact
+        assert engine.rows_are_alone() in (True, False)
+        other = TransformersEngine(adapted[1], "float32")
+        asked = requests(30, samples=4)
+        for params in (PARAMS, replace(PARAMS, temperature=0.7, top_p=0.8)):
+            ours, theirs = engine.sample(asked, params), other.sample(asked, params)
+            differing = sum(a.token_ids != b.token_ids for a, b in zip(ours, theirs, strict=True))
+            assert differing <= 2
 
     def test_a_temperature_that_vllm_would_change(self, engine: VllmEngine) -> None:
         with pytest.raises(EngineError, match=r"0.001 is below 0.01.*sampling.temperature"):
             engine.sample(requests(1), replace(PARAMS, temperature=0.001))
 
     def test_the_longest_sequence_is_scored(self, engine: VllmEngine, adapted: tuple[Path, Path]) -> None:
-        longest = [ScoreRequest((1,) * 500, (7,) * 12), ScoreRequest((1,) * 511, (7,))]
+        longest = [LogprobRequest((1,) * 500, (7,) * 12), LogprobRequest((1,) * 511, (7,))]
         merged = TransformersEngine(adapted[1], "float32").logprobs(longest)
         np.testing.assert_allclose(engine.logprobs(longest), merged, rtol=0, atol=1e-3)
 
@@ -283,7 +259,7 @@ class TestTheProcess:
 PARENT = """
 import json, sys, time
 from pathlib import Path
-from qrpo_core.engines.config import VllmConfig
+from qrpo_core.config.engines import VllmConfig
 from qrpo_core.engines.vllm import VllmEngine
 from tests.core.engines.test_vllm import PARAMS, requests
 engine = VllmEngine(Path(sys.argv[1]), "float32", VllmConfig.model_validate_json(sys.argv[2]))
@@ -316,7 +292,7 @@ def test_two_engines_share_the_rows_and_die_with_their_parent(model: Path) -> No
         assert [row[:2] for row in told["rows"]] == [[r.prompt_id, r.sample_index] for r in requests(6)]
         sums = TransformersEngine(model, "float32").logprobs(
             [
-                ScoreRequest(r.prompt_token_ids, tuple(row[2]))
+                LogprobRequest(r.prompt_token_ids, tuple(row[2]))
                 for r, row in zip(requests(6), told["rows"], strict=True)
             ]
         )

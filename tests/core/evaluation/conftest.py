@@ -10,7 +10,9 @@ import pyarrow as pa
 import pytest
 
 from qrpo_core.config import EvaluationConfig
-from qrpo_core.evaluation.metrics import EvaluationInput, EvaluationResult, evaluate_policies
+from qrpo_core.evaluation.inputs import EvaluationInput
+from qrpo_core.evaluation.metrics import evaluate_policies
+from qrpo_core.evaluation.results import EvaluationResult
 
 Rewards = dict[str, list[float | None]]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import EvaluationConfig
-from qrpo_core.errors import DataError
-from qrpo_core.evaluation.metrics import EvaluationResult, evaluate_policies
-from qrpo_core.evaluation.summary import summary_rows
+from qrpo_core.evaluation.metrics import evaluate_policies
+from qrpo_core.evaluation.results import EvaluationResult
+from qrpo_core.reporting.summary import summary_rows
 
 FAST = EvaluationConfig(resamples=200)
 BEFORE = {"a": [0.0, 1.0], "b": [0.5, 0.5], "c": [0.0, 0.0]}
@@ -50,8 +51,21 @@ def test_a_judge_of_other_completions_is_refused(pair, side):
     assert caught.value.where == "evaluation, judge j"
 
 
-def test_a_judge_without_a_score_for_anything_is_named(pair, side):
+@pytest.mark.parametrize("silent", ["before", "after"])
+def test_a_judge_without_a_score_on_both_sides_is_counted_and_the_rest_goes_on(pair, side, silent):
     nothing = side({prompt: [None, None] for prompt in BEFORE}, logprobs=False)
-    with pytest.raises(DataError, match="none of 3 held-out prompts") as caught:
-        evaluate_policies(pair(BEFORE, AFTER), FAST, {"j": (nothing, side(AFTER, logprobs=False))})
-    assert caught.value.where == "evaluation, judge j"
+    sides = (
+        (nothing, side(AFTER, logprobs=False))
+        if silent == "before"
+        else (side(BEFORE, logprobs=False), nothing)
+    )
+    other = side(BEFORE, logprobs=False), side(AFTER, logprobs=False)
+    data = pair(BEFORE, AFTER)
+    result = evaluate_policies(data, FAST, {"j": sides, "other": other})
+    assert set(result.judges) == {"other"}
+    assert result.silent_judges["j"]["parse_error"] == (6 if silent == "after" else 0)
+    assert result.judges == evaluate_policies(data, FAST, {"other": other}).judges
+    assert EvaluationResult.from_dict(result.to_dict()) == result
+    old = result.to_dict()
+    del old["silent_judges"]  # as results from before this field are stored
+    assert EvaluationResult.from_dict(old).silent_judges == {}

@@ -14,16 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import EvaluationConfig
-from qrpo_core.errors import DataError
-from qrpo_core.evaluation.metrics import (
-    EvaluationInput,
-    EvaluationResult,
-    _bootstrap,
-    evaluate_policies,
-    prompt_means,
-)
-from qrpo_core.evaluation.summary import kl_name
+from qrpo_core.evaluation.inputs import EvaluationInput
+from qrpo_core.evaluation.metrics import bootstrap, evaluate_policies, prompt_means
+from qrpo_core.evaluation.results import EvaluationResult
+from qrpo_core.reporting.summary import kl_name
 
 FAST = EvaluationConfig(resamples=500)
 
@@ -78,7 +74,7 @@ def test_left_out_prompts_are_counted_by_side(evaluated):
     assert result.left_out == {"before": 1, "after": 1, "both": 1}
 
 
-def test_interval_against_the_enumerated_bootstrap(pair):
+def test_interval_against_the_enumeratedbootstrap(pair):
     # Three differences 0, 1, 10: of the 27 equally likely resamples one has mean 0 and one mean 10, so the
     # 95 % percentile interval ends between the extremes (3.7 % each) on them.
     data = pair({"a": [0.0], "b": [0.0], "c": [0.0]}, {"a": [0.0], "b": [1.0], "c": [10.0]})
@@ -110,7 +106,7 @@ def test_coverage_of_the_interval():
     rng, hits, trials = np.random.default_rng(5), 0, 300
     for _ in range(trials):
         draws = rng.exponential(0.3, size=(1, 100))
-        estimate = _bootstrap(draws, EvaluationConfig(resamples=400))[0]
+        estimate = bootstrap(draws, EvaluationConfig(resamples=400))[0]
         hits += estimate.low <= 0.3 <= estimate.high
     assert abs(hits / trials - 0.95) < 4 * math.sqrt(0.95 * 0.05 / trials)
 
@@ -166,9 +162,8 @@ def test_rounding_is_not_a_change(evaluated):
     assert (result.improved, result.unchanged, result.worsened) == (0, 1, 0)
 
 
-def test_kl_is_the_known_divergence_of_a_tabular_policy(side):
-    """Samples of a categorical policy: the estimate is within 4 standard errors of the exact KL."""
-    policy, reference = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.25, 0.25, 0.25, 0.25])
+def categorical_samples(side, policy, reference):
+    """The exact KL of two categorical policies; 4,000 samples of the first with their rewards and rows."""
     exact = float((policy * np.log(policy / reference)).sum())
     drawn = np.random.default_rng(0).choice(4, size=4000, p=policy)
     rewards = {f"p{i:03d}": [0.0] * 20 for i in range(200)}
@@ -178,6 +173,13 @@ def test_kl_is_the_known_divergence_of_a_tabular_policy(side):
         policy_logprob=np.log(policy)[drawn].tolist(),
         ref_logprob=np.log(reference)[drawn].tolist(),
     )
+    return exact, drawn, rewards, after
+
+
+def test_kl_is_the_known_divergence_of_a_tabular_policy(side):
+    """Samples of a categorical policy: the estimate is within 4 standard errors of the exact KL."""
+    policy, reference = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.25, 0.25, 0.25, 0.25])
+    exact, drawn, rewards, after = categorical_samples(side, policy, reference)
     data = EvaluationInput(side(rewards, logprobs=False), after, 1.0, 1.0)
     kl = evaluate_policies(data, FAST).kl
     assert abs(kl.value - exact) < 4 * kl.standard_error
@@ -212,15 +214,7 @@ def test_kl_of_tempered_policies_from_tempered_samples(side):
     temperature = 0.7
     logits = np.array([[1.0, 0.4, -0.3, -1.5], [0.1, 0.2, -0.1, 0.0]])
     policy, reference = np.exp(logits / temperature) / np.exp(logits / temperature).sum(1, keepdims=True)
-    exact = float((policy * np.log(policy / reference)).sum())
-    drawn = np.random.default_rng(0).choice(4, size=4000, p=policy)
-    rewards = {f"p{i:03d}": [0.0] * 20 for i in range(200)}
-    after = side(
-        rewards,
-        logprobs=True,
-        policy_logprob=np.log(policy)[drawn].tolist(),
-        ref_logprob=np.log(reference)[drawn].tolist(),
-    )
+    exact, _, rewards, after = categorical_samples(side, policy, reference)
     kl = evaluate_policies(EvaluationInput(side(rewards, logprobs=False), after, temperature, 1.0), FAST).kl
     assert abs(kl.value - exact) < 4 * kl.standard_error
     assert kl_name(kl) == "KL(policy || reference), float32 arithmetic, temperature 0.7"
@@ -303,7 +297,7 @@ def test_impossible_sampling_settings_are_refused(side, settings_):
 def test_importing_is_light():
     """A cached run reads results and prints the table; it must not pay for plots or statistics."""
     code = (
-        "import sys, qrpo_core.evaluation.report, qrpo_core.evaluation.summary;"
+        "import sys, qrpo_core.reporting.html.report, qrpo_core.reporting.summary;"
         "print([m for m in ('scipy.stats', 'matplotlib', 'torch', 'jinja2') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""One test for each claim of method.md section 3, named after the claim."""
+"""One test for each claim of docs/reference/method.md, section 3, named after the claim."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from qrpo_core.errors import ObjectiveError
-from qrpo_core.objective.normalization import normalization_check
-from qrpo_core.objective.partition import empirical_log_partition, finite_log_partition
+from qrpo_core.common.errors import ObjectiveError
+from qrpo_core.objective.diagnostics import normalization_check
+from qrpo_core.objective.log_partition import finite_log_partition
 from qrpo_core.objective.quantiles import (
     RankCounts,
     leave_one_out_counts,
@@ -123,8 +123,8 @@ def test_partition_under_ties_weak_at_least_mid_at_most_population_randomised_eq
     counts = RankCounts(below, equal, np.full(len(p), n))
     population = float(IDENTITY.log_partition(beta))
 
-    def log_z(convention):
-        q = quantile(counts.below, counts.equal, counts.n, convention)
+    def log_z(tie_method):
+        q = quantile(counts.below, counts.equal, counts.n, tie_method)
         return float(np.logaddexp.reduce(np.log(p) + q / beta))
 
     assert log_z("weak") == pytest.approx(np.log(np.sum(p * np.exp(np.cumsum(p) / beta))), rel=1e-12)
@@ -149,16 +149,16 @@ def test_when_every_reference_fails_the_papers_partition_reinforces_failures_wit
     )
     assert paper.quantile[0] == 1.0
     assert paper.log_ratio[0] == pytest.approx(5.8, abs=0.02)
-    with pytest.raises(ObjectiveError, match="does not fit the weak convention"):
+    with pytest.raises(ObjectiveError, match="does not fit the weak tie method"):
         calibrated_targets(failing, transform=IDENTITY, beta=0.003, normaliser="population")
 
 
 # --- 3.4 The normaliser that is right in all of these ---
 
 
-@pytest.mark.parametrize("convention", ["weak", "mid", "strict"])
+@pytest.mark.parametrize("tie_method", ["weak", "mid", "strict"])
 @pytest.mark.parametrize("beta", [3e-4, 0.003, 0.1, 7.0])
-def test_all_references_fail_gives_target_exactly_zero(convention, beta):
+def test_all_references_fail_gives_target_exactly_zero(tie_method, beta):
     for n in (2, 3, 50):
         counts = rank_counts([0.0, 0.0], np.zeros(n), in_pool=False)
         inside = rank_counts([0.0], np.zeros(n), in_pool=True)
@@ -166,10 +166,10 @@ def test_all_references_fail_gives_target_exactly_zero(convention, beta):
             for ranked in (counts, inside):
                 rows = len(ranked)
                 targets = calibrated_targets(
-                    ranked, transform=transform, beta=beta, convention=convention, prompt=np.zeros(rows, int),
+                    ranked, transform=transform, beta=beta, tie_method=tie_method, prompt=np.zeros(rows, int),
                     reference_prompt=np.zeros(n, int), reference_rewards=np.zeros(n),
                 )  # fmt: skip
-                assert targets.normaliser == "empirical"
+                assert targets.normaliser == "tie_aware"
                 assert (targets.target == 0.0).all()  # exactly
 
 
@@ -179,7 +179,7 @@ def test_without_ties_the_empirical_normaliser_is_the_constant_z_n_minus_1():
     prompt = np.repeat(np.arange(5), n)
     rewards = rng.normal(size=5 * n)
     counts = leave_one_out_counts(prompt, rewards)
-    log_z = empirical_log_partition(weak(counts).reshape(5, n), beta, IDENTITY)
+    log_z = np.log(np.exp(weak(counts).reshape(5, n) / beta).mean(axis=1))
     np.testing.assert_allclose(log_z, float(finite_log_partition(IDENTITY, beta, n - 1)), rtol=1e-13)
 
 
@@ -208,13 +208,14 @@ def binary_pools(prompts=2000, n=50, p=0.3):
     return np.repeat(np.arange(prompts), n), rewards.ravel()
 
 
-@pytest.mark.parametrize("convention", ["weak", "mid", "strict"])
-def test_mean_exp_target_over_beta_of_the_references_is_1_under_the_empirical_normaliser(convention):
+@pytest.mark.parametrize("tie_method", ["weak", "mid", "strict"])
+def test_mean_exp_target_over_beta_of_the_references_is_1_under_the_empirical_normaliser(tie_method):
     prompt, rewards = binary_pools(200)
     for name in ("identity", "log", "normal"):
         targets = reference_targets(
-            prompt, rewards, transform=get_transform(name), beta=0.1, convention=convention
-        )
+            prompt, rewards, transform=get_transform(name), beta=0.1, tie_method=tie_method,
+            normaliser="empirical",
+        )  # fmt: skip
         check = normalization_check(targets, prompt)
         assert check.mean == pytest.approx(1.0, abs=1e-12)
         assert check.prompt_quantiles[0][1] == pytest.approx(1.0, abs=1e-12)
@@ -258,11 +259,12 @@ def test_held_out_binary_rewards_have_mean_exp_target_1_empirical_and_3_5_with_t
     assert found["population"] == pytest.approx(3.46, abs=0.1)
 
 
-# --- 3.6 auto ---
+# --- 3.7 auto ---
 
 
-def test_auto_takes_empirical_when_references_tie_and_population_otherwise():
-    for references, expected in [([0.0, 1.0, 1.0], "empirical"), ([0.0, 1.0, 2.0], "population")]:
+def test_auto_is_tie_aware_whether_rewards_tie_or_not():
+    population = float(IDENTITY.log_partition(0.1))
+    for references, differs in [([0.0, 1.0, 1.0], True), ([0.0, 1.0, 2.0], False)]:
         counts = rank_counts([1.0], references, in_pool=False)
         targets = calibrated_targets(
             counts,
@@ -272,10 +274,12 @@ def test_auto_takes_empirical_when_references_tie_and_population_otherwise():
             reference_prompt=[0, 0, 0],
             reference_rewards=references,
         )
-        assert targets.normaliser == expected
+        assert targets.normaliser == "tie_aware"
+        assert (abs(targets.log_partition[0] - population) > 0.1) == differs
     across = rank_counts_table([0, 1], [1.0, 1.0], [0, 0, 1, 1], [0.0, 1.0, 1.0, 0.0], False)
     targets = calibrated_targets(
         across, transform=IDENTITY, beta=0.1, prompt=[0, 1], reference_prompt=[0, 0, 1, 1],
         reference_rewards=[0.0, 1.0, 1.0, 0.0],
     )  # fmt: skip
-    assert targets.normaliser == "population"  # equal rewards of two prompts are no tie
+    # Equal rewards of two prompts are no tie.
+    np.testing.assert_allclose(targets.log_partition, population, rtol=1e-14)

@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 
-from qrpo_core.errors import ObjectiveError
+from qrpo_core.common.errors import ObjectiveError
 from qrpo_core.objective.losses import (
     divide_by_length,
     dpo_loss,
     qrpo_absolute_loss,
-    qrpo_loss,
     qrpo_residual,
     qrpo_squared_loss,
     rebel_loss,
     sft_loss,
     simpo_loss,
+    tup_loss,
 )
 
 LOG1PEXP_M1 = 0.31326168751822286  # log(1 + exp(-1)) = -log sigmoid(1)
@@ -45,16 +45,15 @@ QRPO = {
 def test_qrpo_squared_value_and_gradient_by_hand():
     policy = vector(-10.0, -3.0)
     close(qrpo_residual(policy, **QRPO), 0.5, -0.25)
-    loss = qrpo_loss(policy, **QRPO)
+    loss = qrpo_squared_loss(policy, **QRPO)
     close(loss, 0.25, 0.0625)
     loss.sum().backward()
     close(policy.grad, -0.5, 0.25)  # -2 beta residual
-    close(qrpo_squared_loss(policy, **QRPO), 0.25, 0.0625)
 
 
 def test_qrpo_absolute_value_and_gradient_by_hand():
     policy = vector(-10.0, -3.0)
-    loss = qrpo_loss(policy, **QRPO, reduction="absolute")
+    loss = qrpo_absolute_loss(policy, **QRPO)
     close(loss, 0.5, 0.25)
     loss.sum().backward()
     close(policy.grad, -0.5, 0.5)  # -beta sign(residual)
@@ -64,7 +63,7 @@ def test_qrpo_absolute_value_and_gradient_by_hand():
 def test_qrpo_with_a_beta_for_each_sample_by_hand():
     policy = vector(-10.0, -5.0)
     beta = torch.tensor([0.5, 0.125], dtype=torch.float64)
-    loss = qrpo_loss(policy, QRPO["ref_logprob"], QRPO["target"], beta)
+    loss = qrpo_squared_loss(policy, QRPO["ref_logprob"], QRPO["target"], beta)
     close(loss, 0.25, 0.0)  # -1/4 - 1/8 * (-2) = 0
     loss.sum().backward()
     close(policy.grad, -0.5, 0.0)
@@ -73,10 +72,32 @@ def test_qrpo_with_a_beta_for_each_sample_by_hand():
 def test_qrpo_loss_is_zero_exactly_at_the_target_log_ratio():
     target, beta, ref = torch.tensor([0.3, -0.9]), 0.25, torch.tensor([-20.0, -40.0])
     policy = (ref + target / beta).requires_grad_()
-    loss = qrpo_loss(policy, ref, target, beta)
+    loss = qrpo_squared_loss(policy, ref, target, beta)
     loss.sum().backward()
     torch.testing.assert_close(loss, torch.zeros(2), rtol=0, atol=1e-11)
     torch.testing.assert_close(policy.grad, torch.zeros(2), rtol=0, atol=1e-5)
+
+
+def test_tup_value_and_gradient_by_hand():
+    # Log odds 1/2 (1 + 1) = 1 with label 1/4, and 1/2 (-3 + 1) = -1 with label 0.
+    policy = vector(-9.0, -5.0)
+    known = (torch.tensor([-10.0, -2.0]).double(), torch.tensor([0.25, 0.0]).double(), torch.ones(2).double())
+    loss = tup_loss(policy, *known, 0.5)
+    close(loss, 1 + LOG1PEXP_M1 - 0.25, LOG1PEXP_M1)
+    loss.sum().backward()
+    close(policy.grad, 0.5 * (1 - SIGMOID_M1 - 0.25), 0.5 * SIGMOID_M1)  # beta (p - l)
+
+
+@pytest.mark.parametrize("beta", [1e-4, 0.1, 10.0])
+def test_the_gradient_of_tup_is_zero_at_its_fixed_point(beta):
+    """pi/pi_ref = (l/(1 - l))^(1/beta)/Z; there the loss is the entropy of l."""
+    label, log_z = torch.tensor([0.1, 0.5, 0.999]).double(), torch.tensor([3.0, -2.0, 0.5]).double()
+    policy = (torch.logit(label) / beta - log_z).requires_grad_()
+    loss = tup_loss(policy, torch.zeros(3).double(), label, log_z, beta)
+    loss.sum().backward()
+    close(policy.grad / beta, 0.0, 0.0, 0.0)
+    entropy = -label * label.log() - (1 - label) * (1 - label).log()
+    torch.testing.assert_close(loss.detach(), entropy, rtol=1e-9, atol=0)
 
 
 def test_dpo_value_and_gradient_by_hand():
@@ -132,8 +153,9 @@ def test_losses_give_one_value_per_example_that_does_not_depend_on_the_rest_of_t
     a, b, c, d, e, f = (torch.randn(5, generator=generator) for _ in range(6))
     lengths = torch.arange(1, 6)
     calls = [
-        lambda i: qrpo_loss(a[i], b[i], c[i], 0.3),
-        lambda i: qrpo_loss(a[i], b[i], c[i], 0.3, reduction="absolute"),
+        lambda i: qrpo_squared_loss(a[i], b[i], c[i], 0.3),
+        lambda i: qrpo_absolute_loss(a[i], b[i], c[i], 0.3),
+        lambda i: tup_loss(a[i], b[i], c[i], d[i], 0.3),
         lambda i: dpo_loss(a[i], b[i], c[i], d[i], 0.3),
         lambda i: simpo_loss(a[i], b[i], lengths[i], lengths.flip(0)[i], 2.0, 0.5),
         lambda i: rebel_loss(a[i], b[i], c[i], d[i], e[i], f[i], 0.3),
@@ -149,9 +171,10 @@ def test_losses_give_one_value_per_example_that_does_not_depend_on_the_rest_of_t
 def test_a_column_instead_of_a_vector_is_refused_and_not_broadcast():
     row, column = torch.zeros(3), torch.zeros(3, 1)
     for call in (
-        lambda: qrpo_loss(row, column, row, 0.1),
-        lambda: qrpo_loss(row, row, row, column),
-        lambda: qrpo_loss(row, row, torch.zeros(2), 0.1),
+        lambda: qrpo_squared_loss(row, column, row, 0.1),
+        lambda: qrpo_squared_loss(row, row, row, column),
+        lambda: qrpo_squared_loss(row, row, torch.zeros(2), 0.1),
+        lambda: tup_loss(row, row, row, column, 0.1),
         lambda: dpo_loss(row, column, row, row, 0.1),
         lambda: simpo_loss(row, row, column, row, 0.1, 0.5),
         lambda: rebel_loss(row, row, row, row, row, column, 0.1),
@@ -167,15 +190,11 @@ def test_a_column_instead_of_a_vector_is_refused_and_not_broadcast():
 def test_beta_that_is_not_positive_is_refused(beta):
     row = torch.zeros(2)
     for call in (
-        lambda: qrpo_loss(row, row, row, beta),
+        lambda: qrpo_squared_loss(row, row, row, beta),
+        lambda: tup_loss(row, row, row, row, beta),
         lambda: dpo_loss(row, row, row, row, beta),
         lambda: simpo_loss(row, row, row + 1, row + 1, beta, 0.5),
         lambda: rebel_loss(row, row, row, row, row, row, beta),
     ):
         with pytest.raises(ObjectiveError, match="beta must be > 0"):
             call()
-
-
-def test_an_unknown_reduction_is_refused():
-    with pytest.raises(ObjectiveError, match="squared, absolute"):
-        qrpo_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), 0.1, reduction="mse")

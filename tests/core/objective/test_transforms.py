@@ -7,14 +7,12 @@ import pickle
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from qrpo_core.errors import ObjectiveError
+from qrpo_core.common.errors import ObjectiveError
 from qrpo_core.objective.quadrature import quadrature_log_partition
 from qrpo_core.objective.transforms import TRANSFORM_NAMES, get_transform
-
-LAW = settings(deadline=None, max_examples=60)  # no deadline: the machine may be busy
 
 BETAS = np.geomspace(1e-5, 1e3, 41)
 BOUNDED = [
@@ -23,7 +21,7 @@ BOUNDED = [
     ("sqrt", {}),
     ("power", {"exponent": 1 / 3}),
     ("power", {"exponent": 3.0}),
-    ("power", {"exponent": 0.02}),  # 1F1(50; 51; u): the Poisson branch
+    ("power", {"exponent": 0.02}),  # 1F1(50; 51; u)
     ("power", {"exponent": 40.0}),
 ]
 
@@ -86,7 +84,6 @@ def test_the_published_identity_formula_is_off_by_what_method_2a_says():
         assert beta * (np.log(beta) + 1 / beta - log_z) == pytest.approx(off, rel=0.05)
 
 
-@LAW
 @given(st.floats(1e-5, 1e3), st.floats(1.01, 3.0), st.sampled_from(BOUNDED[:5]))
 def test_beta_log_partition_falls_with_beta_from_the_largest_reward_to_the_mean(beta, factor, which):
     transform = get_transform(which[0], **which[1])
@@ -97,7 +94,6 @@ def test_beta_log_partition_falls_with_beta_from_the_largest_reward_to_the_mean(
     assert 0.0 < high <= low * (1 + 1e-12) <= 1.0 + 1e-12  # f(1) = 1 as beta -> 0
 
 
-@LAW
 @given(
     st.lists(st.floats(0, 1), min_size=2, max_size=30),
     st.sampled_from([*BOUNDED, ("log", {}), ("normal", {}), ("scaled_normal", {"mean": 0.3, "std": 2.0})]),

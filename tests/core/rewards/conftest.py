@@ -1,4 +1,4 @@
-"""Tiny sequence classifiers with known weights, over the bytes tokenizer of the shared tiny model."""
+"""Tiny sequence classifiers with known weights over the tiny model's bytes tokenizer; scores of programs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qrpo_core.config.rewards import CodeRewardConfig
+from qrpo_core.rewards.base import Score
+from qrpo_core.rewards.code.reward import CodeReward
+from tests.core.rewards.code_problems import request
 
 #: Sizes that every architecture here understands.
 SIZES = {
@@ -51,3 +56,14 @@ def make_classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
         return write_classifier(tmp_path_factory.mktemp(architecture), found, architecture, **settings)
 
     return make
+
+
+@pytest.fixture
+def score() -> Any:
+    """Return a function that scores one program with the reward `code`."""
+
+    def judged(program: str, ground_truth: str, form: Any = "mbpp", **settings: Any) -> Score:
+        reward = CodeReward(CodeRewardConfig(format=form, memory_mb=512, **settings))
+        return reward.score([request(program, ground_truth)])[0]
+
+    return judged

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from qrpo_core.config.judge_rewards import JudgeRewardConfig
+from qrpo_core.rewards.base import RewardRequest
+from qrpo_core.rewards.judge.reward import JudgeReward
 
 #: Status, headers, and what the body says (JSON, or a text as it is). Status 0 hangs up.
 Reply = tuple[int, dict[str, str], Any]
@@ -79,3 +84,26 @@ def said(text: Any, finish: str = "stop", tokens: list[dict[str, Any]] | None = 
     """A chat completion. text : or None, or parts; tokens : its log-probs; more : of the message."""
     choice = {"message": {"role": "assistant", "content": text, **more}, "finish_reason": finish}
     return 200, {}, {"choices": [choice | ({"logprobs": {"content": tokens}} if tokens else {})]}
+
+
+TEMPLATE = "Question: {{ prompt }}\nAnswer: {{ completion }}\nScore {{ lowest }} to {{ highest }}:"
+TOKENS = [
+    {
+        "token": "4",
+        "logprob": math.log(0.5),
+        "top_logprobs": [{"token": name, "logprob": math.log(0.5)} for name in ("4", "5")],
+    }
+]
+
+
+def judge(url: str = "http://127.0.0.1:9/v1", **settings: Any) -> JudgeReward:
+    given = {"model": "j", "template": TEMPLATE, "expected": False, "retry_seconds": 0, **settings}
+    return JudgeReward(JudgeRewardConfig(url=url, **given))
+
+
+def row(text: str, index: int = 0, ground_truth: str | None = None) -> RewardRequest:
+    return RewardRequest(f"p{index}", index, (("system", "S"), ("user", "Q?")), text, ground_truth)
+
+
+def completion(body: dict[str, Any]) -> str:
+    return str(body["messages"][-1]["content"]).split("Answer: ")[1].split("\n")[0]

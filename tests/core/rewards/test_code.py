@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import re
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,14 @@ from typing import Any
 import pytest
 
 from qrpo_core.config import RewardConfig
-from qrpo_core.errors import ConfigError, DataError
+from qrpo_core.config.rewards import CodeRewardConfig
 from qrpo_core.rewards.base import RewardRequest, Score
-from qrpo_core.rewards.code import CodeReward
-from qrpo_core.rewards.code_run import Bench
-from qrpo_core.rewards.config import CodeRewardConfig
-from qrpo_core.rewards.registry import make_reward, reward_identity
-from qrpo_core.rewards.sandbox import SandboxError
+from qrpo_core.rewards.code.reward import CodeReward
+from qrpo_core.rewards.code.runner import Bench
+from qrpo_core.rewards.code.sandbox.bubblewrap import SandboxError
+from qrpo_core.rewards.registry import make_reward
+from tests.core.rewards.code_problems import SQUARES, leetcode, mbpp, needs_bwrap, request
 
-needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 DATA = Path(__file__, "..", "..", "..", "..", "..", "shared", "data").resolve()
 
 LISTS = """
@@ -46,34 +43,12 @@ def is_same_list(a, b):
 """
 
 
-def leetcode(test: str, prompt: str = "from typing import *\n") -> str:
-    return json.dumps({"prompt": prompt, "entry_point": "Solution().f", "test": test})
-
-
-def mbpp(*tests: str, **more: Any) -> str:
-    return json.dumps({"test_list": tests, **more})
-
-
-SQUARES = mbpp("assert f(2) == 4", "assert f(3) == 9", "assert f(-1) == 1")
 REVERSED = leetcode(
     "def check(candidate):\n"
     "    assert is_same_list(candidate(list_node([1, 2, 3])), list_node([3, 2, 1]))\n"
     "    assert is_same_list(candidate(head=list_node([5])), list_node([5]))\n",
     LISTS,
 )
-
-
-def request(program: str, reference: str | None, name: str = "p") -> RewardRequest:
-    return RewardRequest(name, 0, (), f"Here it is:\n\n```python\n{program}\n```\nDone.", reference)
-
-
-@pytest.fixture
-def score() -> Any:
-    def judged(program: str, reference: str, form: Any = "mbpp", **settings: Any) -> Score:
-        reward = CodeReward(CodeRewardConfig(format=form, memory_mb=512, **settings))
-        return reward.score([request(program, reference)])[0]
-
-    return judged
 
 
 @needs_bwrap
@@ -171,7 +146,7 @@ def test_instances_of_the_setups_classes_travel(score: Any) -> None:
 
 @needs_bwrap
 def test_a_value_that_never_ends_in_the_test_costs_that_test(score: Any) -> None:
-    reference = leetcode(
+    ground_truth = leetcode(
         "def check(candidate):\n"
         "    node = candidate(list_node([1]))\n"
         "    while node is not None:\n        node = node.next\n"
@@ -179,7 +154,7 @@ def test_a_value_that_never_ends_in_the_test_costs_that_test(score: Any) -> None
         LISTS,
     )
     ring = "class Solution:\n    def f(self, head):\n        head.next = head\n        return head\n"
-    got = score(ring, reference, "leetcode", seconds_per_test=1.0)
+    got = score(ring, ground_truth, "leetcode", seconds_per_test=1.0)
     assert (got.reward, got.status) == (0.0, "ok")
     assert "did not end" in got.detail
 
@@ -199,7 +174,7 @@ def test_a_value_that_never_ends_in_the_test_costs_that_test(score: Any) -> None
     ],
 )
 def test_a_humaneval_block_is_the_function_or_its_body(score: Any, block: str, reward: float) -> None:
-    reference = json.dumps(
+    ground_truth = json.dumps(
         {
             "prompt": 'def helper(n):\n    return 2 * n\n\ndef double(n):\n    """Twice n."""\n',
             "entry_point": "double",
@@ -207,7 +182,7 @@ def test_a_humaneval_block_is_the_function_or_its_body(score: Any, block: str, r
             "    assert candidate(0.5) == 1\n",
         }
     )
-    assert score(block, reference, "humaneval").reward == reward
+    assert score(block, ground_truth, "humaneval").reward == reward
 
 
 @needs_bwrap
@@ -219,7 +194,7 @@ def test_mbpp_tests_may_build_what_the_program_defines(score: Any) -> None:
         "def first(pair): return pair\n"
     )
     setup = "pair = Pair(1, 2)\npair.a = 5\npair.other = Pair(1, 1)"
-    reference = mbpp(
+    ground_truth = mbpp(
         "assert total([pair, Pair(3, 4)]) == 14",
         "assert total([pair.other]) == 2",
         "assert first(pair) == pair",  # an object of the program proves nothing, equal to what it may be
@@ -227,20 +202,20 @@ def test_mbpp_tests_may_build_what_the_program_defines(score: Any) -> None:
         "try:\n    assert first(pair) == 3\nexcept BaseException:\n    pass\nassert True",
         test_setup_code=setup,
     )
-    got = score(program, reference)
+    got = score(program, ground_truth)
     assert got.reward == 2 / 5
     assert "no plain data" in got.detail
 
 
 @needs_bwrap
 def test_exceptions_that_tests_expect(score: Any) -> None:
-    reference = mbpp(
+    ground_truth = mbpp(
         "try:\n    f(0)\nexcept ValueError as e:\n    assert str(e) == 'zero'\nelse:\n    assert False",
         "assert all(map(f, [1, 2]))",
         "assert f(3) is None",
     )
     program = "def f(x):\n    if x == 0: raise ValueError('zero')\n    if x < 3: raise StopIteration\n"
-    assert score(program, reference).reward == 2 / 3  # all() over a map that ends early would be true
+    assert score(program, ground_truth).reward == 2 / 3  # all() over a map that ends early would be true
 
 
 @needs_bwrap
@@ -270,15 +245,15 @@ def test_what_a_test_cannot_send_is_no_score(score: Any) -> None:
 def test_a_failing_harness_is_tried_again_and_never_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     reward = CodeReward(CodeRewardConfig(format="mbpp", processes=1))
     assert reward.problems([("p", SQUARES)]) == []
-    start, failures = Bench.start, [2, 3]
+    program, failures = Bench.program, [2, 3]
 
-    def failing(bench: Bench, *arguments: Any) -> Any:
+    def failing(bench: Bench) -> Any:
         if failures[0]:
             failures[0] -= 1
             raise SandboxError("no more processes")
-        return start(bench, *arguments)
+        return program(bench)
 
-    monkeypatch.setattr(Bench, "start", failing)
+    monkeypatch.setattr(Bench, "program", failing)
     good = request("def f(x): return x * x", SQUARES)
     assert reward.score([good])[0].reward == 1.0
     failures[0] = 3
@@ -310,133 +285,6 @@ def test_an_error_while_scoring_leaves_no_thread(score: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         reward.score(rows, interrupted)
     assert [thread for thread in threading.enumerate() if thread.name.startswith("qrpo-code")] == []
-
-
-NUMPY = "import numpy as np\ndef f(x): return np.int64(x) * x"
-
-
-@needs_bwrap
-def test_packages_are_importable_where_they_are_named(score: Any) -> None:
-    got = score(NUMPY, SQUARES)
-    assert (got.reward, got.status) == (None, "refused")  # public judges have it: no wrong answer
-    assert "numpy; to grade it, add it to reward.code.packages" in got.detail
-    inside = "def f(x):\n    import numpy\n    return x * x"
-    assert score(inside, SQUARES).status == "refused"
-    assert score(NUMPY, SQUARES, packages=("numpy",)).reward == 1.0
-    assert score("import yaml\n" + NUMPY, SQUARES, packages=("numpy",)).reward == 0.0
-    with pytest.raises(ConfigError, match=r"no_such_package.*pip install"):
-        score(NUMPY, SQUARES, packages=("numpy", "no_such_package"))
-    tests = mbpp("import numpy as np\nassert np.allclose(f(2), 4)", "assert type(f(2)) == int")
-    assert score("def f(x): return x * x", tests, packages=("numpy",)).reward == 1.0
-
-
-@needs_bwrap
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import no_such_module\ndef f(x): return x * x",
-        # What it says is not believed: it imports nothing that is absent.
-        "raise ModuleNotFoundError(\"No module named 'numpy'\")",
-        "try:\n    import numpy\nexcept ImportError:\n    pass\ndef f(x): return x",
-    ],
-)
-def test_a_program_that_imports_what_no_judge_has_is_wrong(score: Any, program: str) -> None:
-    got = score(program, SQUARES)
-    assert (got.reward, got.status) == (0.0, "ok")
-    assert score("# import numpy\n" + program, SQUARES).reward == 0.0
-
-
-@needs_bwrap
-@pytest.mark.parametrize(
-    ("reference", "says"),
-    [
-        (mbpp("import numpy as np\nassert np.allclose(f(2), 4)"), "import numpy, which programs cannot"),
-        (mbpp("assert f(2) == 4", test_imports=["import tabulate, numpy"]), "import numpy, tabulate, which"),
-        (mbpp("assert f(2) == 4", code="import pandas\ndef f(x): return x"), "import pandas"),
-        (
-            mbpp("assert f(2) == 4", test_imports=["from math import no_such_name"]),
-            "setup failed: ImportError",
-        ),
-        (mbpp("assert f(2) == 4", test_imports=["from heapq import merge"]), None),
-    ],
-)
-def test_what_a_reference_lacks_is_an_error_of_the_data_set(reference: str, says: str | None) -> None:
-    reward = CodeReward(CodeRewardConfig(format="mbpp"))
-    if says is None:
-        assert reward.problems([("p0", SQUARES), ("p1", reference)]) == []
-        return
-    found = reward.problems([("p0", SQUARES), ("p1", reference), ("p2", SQUARES), ("p3", reference)])
-    assert [(problem.row, problem.prompt_id) for problem in found] == [(1, "p1"), (3, "p3")]
-    assert re.search(says, found[0].remedy)
-    with pytest.raises(DataError, match=says):
-        reward.score([request("def f(x): return x", reference)])
-
-
-def environment(folder: Path, **packages: str) -> str:
-    """A virtual environment with packages that state their version, and one that requires the others."""
-    import venv
-
-    venv.create(folder, with_pip=False, symlinks=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    for name, version in {**packages, "whole": "9"}.items():
-        source = f"version = {version!r}\n" if name != "whole" else "".join(f"import {p}\n" for p in packages)
-        (site / f"{name}.py").write_text(source)
-        info = site / f"{name}-{version}.dist-info"
-        info.mkdir()
-        requires = "".join(f"Requires-Dist: {other}>=1\n" for other in packages if name == "whole")
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
-        (info / "RECORD").write_text(f"{name}.py,,\n{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
-    return str(folder)
-
-
-@needs_bwrap
-def test_packages_of_another_environment_and_their_versions(score: Any, tmp_path: Path) -> None:
-    first, second = (environment(tmp_path / v, greeter=v) for v in ("1.5", "2.0"))
-    program = "import greeter\ndef f(x): return greeter.version"
-    reference = mbpp(
-        "assert f(1) == '1.5'", "assert f(1) == '2.0'", "import greeter\nassert f(1) == greeter.version"
-    )
-    for python in (first, f"{first}/bin/python"):
-        assert score(program, reference, python=python, packages=("greeter",)).reward == 2 / 3
-    # What a package requires comes with it.
-    assert score(program, reference, python=first, packages=("whole",)).reward == 2 / 3
-
-    def identity(python: str | None, *packages: str) -> dict[str, Any]:
-        code = {"format": "mbpp", "python": python, "packages": packages}
-        return reward_identity(RewardConfig(kind="code", code=code))
-
-    assert identity(first, "greeter") == identity(f"{first}/bin/python", "greeter")
-    assert identity(first, "greeter") != identity(second, "greeter")
-    assert identity(first, "whole")["identities"]["reward"]["greeter"] == "1.5"
-    assert "identities" not in identity(None)
-    with pytest.raises(ConfigError, match=r"reward.code.packages.*pip install numpy"):
-        identity(first, "numpy")
-    with pytest.raises(ConfigError, match=r"no interpreter of Python.*reward.code.python"):
-        identity(str(tmp_path))
-
-
-@needs_bwrap
-def test_a_package_that_does_not_load_is_told_before_a_row(tmp_path: Path) -> None:
-    python = environment(tmp_path / "env", greeter="1.5")
-    (site,) = Path(python).glob("lib/python*/site-packages")
-    (site / "greeter.py").write_text("raise RuntimeError('no licence')")
-    config = CodeRewardConfig(format="mbpp", python=python, packages=("greeter",))
-    with pytest.raises(ConfigError, match=r"'greeter' cannot be imported in the sandbox.*no licence"):
-        CodeReward(config).problems([])
-
-
-def test_without_a_sandbox_nothing_runs_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    row = request("def f(x): return x * x", SQUARES)
-    with pytest.raises(ConfigError, match="apt install bubblewrap"):
-        CodeReward(CodeRewardConfig(format="mbpp")).problems([("p", SQUARES)])
-    unsafe = CodeReward(CodeRewardConfig(format="mbpp", unsafe=True, seconds_per_test=1.0))
-    with pytest.warns(UserWarning, match="without a sandbox"):
-        assert unsafe.score([row]) == [Score(1.0, "ok", "passed 3 of 3 (without a sandbox)")]
-    endless = request("def f(x):\n    while True: pass", mbpp("assert f(1)"))
-    bomb = request("def f(x): return bytearray(1 << 34)", mbpp("assert f(1)"))
-    for got in unsafe.score([endless, bomb]):
-        assert (got.reward, got.status) == (0.0, "ok")
 
 
 def solutions(path: Path, form: str) -> list[RewardRequest]:

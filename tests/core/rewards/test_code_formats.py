@@ -1,4 +1,4 @@
-"""Programs and tests from completions and references."""
+"""Programs and tests from completions and ground truths."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from qrpo_core.errors import DataError
+from qrpo_core.common.errors import DataError
+from qrpo_core.config.rewards import CodeRewardConfig
 from qrpo_core.rewards.base import refuse
-from qrpo_core.rewards.code import CodeReward
-from qrpo_core.rewards.code_formats import read_problem
-from qrpo_core.rewards.config import CodeRewardConfig
+from qrpo_core.rewards.code.formats import read_problem
+from qrpo_core.rewards.code.reward import CodeReward
 
 
 def leetcode(test: str, prompt: str = "from typing import *\n") -> str:
@@ -26,7 +26,7 @@ SQUARES = mbpp("assert f(2) == 4", "assert f(3) == 9", "assert f(-1) == 1")
 
 
 @pytest.mark.parametrize(
-    ("form", "reference", "says"),
+    ("form", "ground_truth", "says"),
     [
         ("mbpp", "[", "JSON object"),
         ("mbpp", "3", "test_list"),
@@ -49,12 +49,12 @@ SQUARES = mbpp("assert f(2) == 4", "assert f(3) == 9", "assert f(-1) == 1")
         ("humaneval", leetcode("def check(candidate):\n    assert candidate(1)", "def f(:"), "as Python"),
     ],
 )
-def test_a_reference_of_the_wrong_form_is_refused(form: Any, reference: str, says: str) -> None:
+def test_a_ground_truth_of_the_wrong_form_is_refused(form: Any, ground_truth: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        refuse(CodeReward(CodeRewardConfig(format=form)), [("p7", reference)])
+        refuse(CodeReward(CodeRewardConfig(format=form)), [("p7", ground_truth)])
 
 
-def test_a_missing_reference_is_refused() -> None:
+def test_a_missing_ground_truth_is_refused() -> None:
     with pytest.raises(DataError, match="p7"):
         refuse(CodeReward(CodeRewardConfig(format="mbpp")), [("p7", None)])
 
@@ -115,7 +115,7 @@ def test_forms_of_tests(form: Any, row: dict[str, Any], tests: list[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("reference", "modules"),
+    ("ground_truth", "modules"),
     [
         (mbpp("import numpy.linalg as l\nassert f(1)", test_imports=["from a.b import c"]), ("a", "numpy")),
         (mbpp("try:\n    import numpy\nexcept ImportError:\n    import cupy\nassert f(1)"), ("cupy",)),
@@ -123,8 +123,8 @@ def test_forms_of_tests(form: Any, row: dict[str, Any], tests: list[str]) -> Non
         (mbpp("assert f(1)", code="  import x"), ()),  # no Python: the body of a function
     ],
 )
-def test_the_modules_that_a_reference_needs(reference: str, modules: tuple[str, ...]) -> None:
-    assert read_problem(reference, "mbpp").imports == modules
+def test_the_modules_that_a_ground_truth_needs(ground_truth: str, modules: tuple[str, ...]) -> None:
+    assert read_problem(ground_truth, "mbpp").imports == modules
 
 
 def test_builtins_and_modules_in_tests_are_never_the_programs() -> None:

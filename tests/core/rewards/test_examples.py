@@ -1,4 +1,4 @@
-"""docs/rewards.md: every kind has an example that is a valid section, and the function in it runs."""
+"""docs/how-to: every kind of reward has an example that is a valid section, and the function in it runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,25 @@ import pytest
 import yaml
 
 from qrpo_core.config import RewardConfig
-from qrpo_core.rewards import python as python_module
+from qrpo_core.config.rewards import Kind
 from qrpo_core.rewards.base import RewardRequest
-from qrpo_core.rewards.config import Kind
 from qrpo_core.rewards.registry import make_reward
 
-TEXT = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[3] / "docs" / "how-to"
+PAGES = [
+    *sorted(DOCS.glob("*-rewards.md")),
+    DOCS / "reward-models.md",
+    DOCS / "judges.md",
+    DOCS / "paper-evaluations.md",
+    DOCS / "rewards.md",
+]
+TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def examples() -> dict[str, RewardConfig]:
-    found = [yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.S)]
-    return {section["kind"]: RewardConfig.model_validate(section) for section in found}
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.S)]
+    found = [block["reward"] for block in blocks if "reward" in block]
+    return {section["kind"]: RewardConfig.model_validate(section) for section in reversed(found)}
 
 
 def test_every_kind_has_an_example() -> None:
@@ -43,10 +51,6 @@ def test_the_function_of_the_example_runs(tmp_path: Path, monkeypatch: pytest.Mo
         RewardRequest("p", row, (("user", "Q"),), text, None)
         for row, text in enumerate(["Yes, please.", "", "No.", "please " * 60])
     ]
-    try:
-        scores = make_reward(examples()["python"]).score(requests)
-    finally:
-        sys.modules.pop("my_rewards", None)
-        python_module._IMPORTED.pop("my_rewards", None)
+    scores = make_reward(examples()["python"]).score(requests)
     assert [score.reward for score in scores] == [1.0, None, 0.0, 0.5]
     assert scores[1].detail == "the function gave no score: an empty completion"

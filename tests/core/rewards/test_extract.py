@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrpo_core.rewards.extract import extract, last_integer, last_number, numbers, only_number
+from qrpo_core.rewards.verifiable.extract import extract, last_integer, last_number, numbers, only_number
 
 # (text, last number as extracted, its value); None: there is none.
 LAST_NUMBER = [

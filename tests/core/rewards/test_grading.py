@@ -1,4 +1,4 @@
-"""What `math` and `number` give for the forms that references and answers come in."""
+"""What `math` and `number` give for the forms that ground truths and answers come in."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from functools import lru_cache
 
 import pytest
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import RewardConfig
-from qrpo_core.errors import DataError
-from qrpo_core.rewards.answers import stated_answer
 from qrpo_core.rewards.base import Reward, RewardRequest
-from qrpo_core.rewards.math_answers import same_answer
-from qrpo_core.rewards.numerals import read
-from qrpo_core.rewards.registry import check_references, make_reward
+from qrpo_core.rewards.registry import check_ground_truths, make_reward
+from qrpo_core.rewards.verifiable.math_answers import same_answer
+from qrpo_core.rewards.verifiable.numerals import read
+from qrpo_core.rewards.verifiable.stated_answers import stated_answer
 
-# reference, completion, reward; None: the reference is refused.
+# ground truth, completion, reward; None: the ground truth is refused.
 MATH = [
     ("0.00012", "The answer is 1.2 \u00d7 10\u207b\u2074.", 1),
     ("6000000", "The answer is 6 x 10^6", 1),
@@ -248,8 +248,8 @@ def close() -> Iterator[None]:
     reward("math").close()
 
 
-def expect(kind: str, reference: object, text: str, right: float | None) -> None:
-    request = RewardRequest("p", 0, (("user", "?"),), text, json.dumps(reference))
+def expect(kind: str, ground_truth: object, text: str, right: float | None) -> None:
+    request = RewardRequest("p", 0, (("user", "?"),), text, json.dumps(ground_truth))
     if right is None:
         with pytest.raises(DataError, match="is refused"):
             reward(kind).score([request])
@@ -258,27 +258,30 @@ def expect(kind: str, reference: object, text: str, right: float | None) -> None
     assert (score.reward, score.status) == (right, "ok")
 
 
-@pytest.mark.parametrize(("reference", "text", "right"), MATH)
-def test_math(reference: object, text: str, right: float | None) -> None:
-    expect("math", reference, text, right)
+@pytest.mark.parametrize(("ground_truth", "text", "right"), MATH)
+def test_math(ground_truth: object, text: str, right: float | None) -> None:
+    expect("math", ground_truth, text, right)
 
 
-@pytest.mark.parametrize(("reference", "text", "right"), NUMBER)
-def test_number(reference: object, text: str, right: float | None) -> None:
-    expect("number", reference, text, right)
+@pytest.mark.parametrize(("ground_truth", "text", "right"), NUMBER)
+def test_number(ground_truth: object, text: str, right: float | None) -> None:
+    expect("number", ground_truth, text, right)
 
 
-@pytest.mark.parametrize("reference", [case[0] for case in MATH if case[2] is not None])
-def test_a_reference_scores_1_against_its_own_text(reference: object) -> None:
+@pytest.mark.parametrize("ground_truth", [case[0] for case in MATH if case[2] is not None])
+def test_a_ground_truth_scores_1_against_its_own_text(ground_truth: object) -> None:
     expect(
-        "math", reference, str(reference) if "\\boxed" in str(reference) else f"$\\boxed{{{reference}}}$", 1
+        "math",
+        ground_truth,
+        str(ground_truth) if "\\boxed" in str(ground_truth) else f"$\\boxed{{{ground_truth}}}$",
+        1,
     )
 
 
-def test_references_are_read_by_the_reader_of_answers_and_told_all_at_once() -> None:
-    references = ["\\$18", "...", "\\text{Evelyn}", "N/A", "The answer is \\boxed{7}."]
-    pairs = [(str(row), json.dumps(each)) for row, each in enumerate(references)]
-    assert [problem.row for problem in check_references(RewardConfig(kind="math"), pairs)] == [1, 3]
+def test_ground_truths_are_read_by_the_reader_of_answers_and_told_all_at_once() -> None:
+    ground_truths = ["\\$18", "...", "\\text{Evelyn}", "N/A", "The answer is \\boxed{7}."]
+    pairs = [(str(row), json.dumps(each)) for row, each in enumerate(ground_truths)]
+    assert [problem.row for problem in check_ground_truths(RewardConfig(kind="math"), pairs)] == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,25 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from qrpo_core.config.rewards import CodeRewardConfig
 from qrpo_core.rewards.base import RewardRequest, Score
-from qrpo_core.rewards.code import CodeReward
-from qrpo_core.rewards.config import CodeRewardConfig
+from qrpo_core.rewards.code.reward import CodeReward
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed"),
 ]
 
-TEXT = Path(__file__, "..", "hostile", "programs.txt").resolve().read_text()
-PROGRAMS = {part.partition("\n")[0]: part.partition("\n")[2] for part in TEXT.split("\n### ")[1:]}
+#: `held_back.txt` was written against the fork server, after it.
+FILES = ("programs.txt", "held_back.txt")
+TEXTS = [Path(__file__, "..", "hostile", name).resolve().read_text() for name in FILES]
+PARTS = [part.partition("\n") for text in TEXTS for part in text.split("\n### ")[1:]]
+PROGRAMS = {name: source for name, _, source in PARTS}
 #: Of a limit that stands in every sandbox's command line: which processes are this test's.
 MEMORY_MB = 256 + os.getpid() % 509
 SECONDS = 20.0
@@ -62,7 +65,11 @@ def gone() -> list[str]:
     return left_over()
 
 
-@pytest.fixture(scope="module", params=[(), ("numpy",)], ids=["library", "packages"])
+@pytest.fixture(
+    scope="module",
+    params=[((), True), (("numpy",), True), ((), False)],
+    ids=["library", "packages", "a_sandbox_a_program"],
+)
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     outside = tmp_path_factory.mktemp("outside")
     answer = secrets.randbelow(10**15) + 10**14
@@ -92,9 +99,10 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "@NUL@": "\0",
         "@NESTED@": "(" * 100_000 + ")" * 100_000,
     }
-    reference = json.dumps(
+    ground_truth = json.dumps(
         {"test_list": [f"assert solve(7) == {answer}", f"assert solve(8) == {answer + 1}"]}
     )
+    packages, forks = request.param
     reward = CodeReward(
         CodeRewardConfig(
             format="mbpp",
@@ -102,19 +110,23 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             seconds_per_program=3.0,
             memory_mb=MEMORY_MB,
             processes=1,
-            packages=request.param,
+            packages=packages,
         )
     )
+    assert reward.problems([]) == []
+    assert reward.mode is not None
+    reward.mode = replace(reward.mode, forks=forks)
 
     def judge(name: str) -> tuple[Score, float]:
         source = PROGRAMS[name]
         for word, value in filled.items():
             source = source.replace(word, value)
         start = time.monotonic()
-        row = RewardRequest(name, 0, (), f"```python\n{source}```\n", reference)
+        row = RewardRequest(name, 0, (), f"```python\n{source}```\n", ground_truth)
         return reward.score([row])[0], time.monotonic() - start
 
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+    # Most of them do nothing until their time is over.
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
         patch.setenv("QRPO_TEST_SECRET", str(answer))
         results = dict(zip(PROGRAMS, pool.map(judge, PROGRAMS), strict=True))
     yield Seen(
@@ -128,7 +140,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(PROGRAMS) >= 40
+    assert len(PROGRAMS) == len(PARTS) >= 107 + 20
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -149,7 +161,7 @@ def test_nothing_got_out(seen: Seen) -> None:
 
 def test_the_tests_can_be_passed(seen: Seen) -> None:
     # The same problem with the answer written down: what fails above fails for what it does.
-    reference = json.dumps({"test_list": ["assert solve(7) == 5"]})
+    ground_truth = json.dumps({"test_list": ["assert solve(7) == 5"]})
     reward = CodeReward(CodeRewardConfig(format="mbpp", memory_mb=MEMORY_MB))
-    row = RewardRequest("p", 0, (), "```python\ndef solve(n): return 5\n```", reference)
+    row = RewardRequest("p", 0, (), "```python\ndef solve(n): return 5\n```", ground_truth)
     assert reward.score([row])[0].reward == 1.0

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qrpo_core.rewards.judge_answer import expected, written
-from qrpo_core.rewards.judge_statements import Unreadable
+from qrpo_core.rewards.judge.answer import expected, written
+from qrpo_core.rewards.judge.statements import Unreadable
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from qrpo_core.errors import EngineError
-from qrpo_core.rewards import judge_answer
+from qrpo_core.common.errors import EngineError
+from qrpo_core.config.judge_rewards import JudgeRewardConfig
 from qrpo_core.rewards.base import RewardRequest
-from qrpo_core.rewards.config import JudgeRewardConfig
-from qrpo_core.rewards.judge import JudgeReward
+from qrpo_core.rewards.judge import answer
+from qrpo_core.rewards.judge.reward import JudgeReward
 
 
 def row(text: str, index: int = 0) -> RewardRequest:
@@ -104,7 +104,7 @@ def test_a_real_vllm_server_judges(vllm_server: str, monkeypatch: pytest.MonkeyP
         if plain.status == "ok"
     ]
     assert all("only probability 0." in score.detail for score in unsure if score.status != "ok"), unsure
-    monkeypatch.setattr(judge_answer, "LEAST_MASS", 0.01)
+    monkeypatch.setattr(answer, "LEAST_MASS", 0.01)
     scores = judge(pattern=first).score(requests)
     means = [score.reward for score in scores if score.reward is not None]
     assert means, scores

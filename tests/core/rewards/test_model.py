@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from qrpo_core.errors import ConfigError, EngineError, ModelError
-from qrpo_core.rewards import model_classifier
+from qrpo_core.common.errors import ConfigError, EngineError, ModelError
+from qrpo_core.config.rewards import ModelRewardConfig
 from qrpo_core.rewards.base import RewardRequest, Score
-from qrpo_core.rewards.config import ModelRewardConfig
-from qrpo_core.rewards.model import ModelReward
-from qrpo_core.rewards.model_classifier import Classifier, load_tokenizer
+from qrpo_core.rewards.model import classifier as classifier_module
+from qrpo_core.rewards.model.classifier import Classifier, load_tokenizer
+from qrpo_core.rewards.model.reward import ModelReward
 
 ARCHITECTURES = ("Llama", "GPTNeoX", "Bert")
 WORDS = ("alpha", "be", "the long gamma", "?", "<|end|>", "\u00e9\u4e2d", "no")
@@ -85,7 +85,7 @@ def test_scores_do_not_depend_on_batch_order_or_padding_side(
         )
     }
     path = make_classifier(architecture, tokenizer={"padding_side": padding_side})
-    monkeypatch.setattr(model_classifier, "_CPU_TOKENS", 10**9)
+    monkeypatch.setattr(classifier_module, "_CPU_TOKENS", 10**9)
     for size in (7, 64):
         made = reward(path, batch_tokens=size * 180)
         for order in (requests, requests[::-1], sorted(requests, key=lambda r: len(r.text))):
@@ -303,7 +303,7 @@ def test_bfloat16_scores_are_no_coarser_than_float32(
     make_classifier: MakeClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In bfloat16 also where that is slow, and would be float32.
-    monkeypatch.setattr(model_classifier, "compute_dtype", lambda dtype, device: getattr(torch, dtype))
+    monkeypatch.setattr(classifier_module, "compute_dtype", lambda dtype, device: getattr(torch, dtype))
     path = make_classifier("Llama")
     requests = rows()
     half = ModelReward(ModelRewardConfig(path=str(path), dtype="bfloat16"))

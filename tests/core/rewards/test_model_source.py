@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from qrpo_core.common.errors import ConfigError, DataError, ModelError
 from qrpo_core.config import RewardConfig
-from qrpo_core.errors import ConfigError, DataError, ModelError
+from qrpo_core.config.rewards import ModelRewardConfig
 from qrpo_core.rewards.base import RewardRequest, Score
-from qrpo_core.rewards.config import ModelRewardConfig
-from qrpo_core.rewards.model import ModelReward
-from qrpo_core.rewards.model_classifier import load_tokenizer
-from qrpo_core.rewards.model_text import Conversations
+from qrpo_core.rewards.model.classifier import load_tokenizer
+from qrpo_core.rewards.model.reward import ModelReward
+from qrpo_core.rewards.model.text import Conversations
 from qrpo_core.rewards.registry import reward_identity
 
 #: That of the tiny model.
@@ -231,9 +231,9 @@ def test_naming_and_checking_import_neither_torch_nor_transformers(make_classifi
     code = f"""
 import sys
 from qrpo_core.config import RewardConfig
-from qrpo_core.rewards.registry import check_references, make_reward, reward_identity
+from qrpo_core.rewards.registry import check_ground_truths, make_reward, reward_identity
 config = RewardConfig(kind="model", model={{"path": {str(make_classifier("Llama"))!r}}})
-make_reward(config), check_references(config, []), reward_identity(config)
+make_reward(config), check_ground_truths(config, []), reward_identity(config)
 print([name for name in ("torch", "transformers", "scipy") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from qrpo_core.config.rewards import ModelRewardConfig, RewardConfig
 from qrpo_core.rewards.base import RewardRequest
-from qrpo_core.rewards.config import ModelRewardConfig, RewardConfig
-from qrpo_core.rewards.model_source import dated
-from qrpo_core.rewards.model_text import Conversations
+from qrpo_core.rewards.model.source import dated
+from qrpo_core.rewards.model.text import Conversations
 from qrpo_core.rewards.registry import reward_identity
-from tests.core.chat_families import FAMILIES, THOUGHT
+from tests.core.models.chat_families import FAMILIES, THOUGHT
 
 CLOCK = (
     "{{ bos_token + strftime_now('%Y-%m-%d') }}{% for m in messages %}"

@@ -5,26 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qrpo_core.common.errors import ConfigError, DataError
 from qrpo_core.config import RewardConfig
-from qrpo_core.errors import ConfigError, DataError
-from qrpo_core.rewards import python as python_module
+from qrpo_core.config.rewards import PythonRewardConfig
 from qrpo_core.rewards.base import RewardRequest, Score
-from qrpo_core.rewards.config import PythonRewardConfig
-from qrpo_core.rewards.python import PythonReward
-from qrpo_core.rewards.registry import check_references, make_reward, reward_identity
+from qrpo_core.rewards.python.reward import PythonReward
+from qrpo_core.rewards.registry import check_ground_truths, make_reward, reward_identity
 
 Write = Callable[[str], None]
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Write the module `mine` into the working directory; what was imported is forgotten afterwards."""
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write the module `mine` into the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -32,13 +31,11 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     def write(text: str) -> None:
         (tmp_path / "mine.py").write_text(text)
 
-    yield write
-    sys.modules.pop("mine", None)
-    python_module._IMPORTED.pop("mine", None)
+    return write
 
 
-def row(text: str, index: int = 0, reference: str | None = None) -> RewardRequest:
-    return RewardRequest("p", index, (("system", "S"), ("user", "Q?")), text, reference)
+def row(text: str, index: int = 0, ground_truth: str | None = None) -> RewardRequest:
+    return RewardRequest("p", index, (("system", "S"), ("user", "Q?")), text, ground_truth)
 
 
 def reward(function: str = "mine:score", **settings: Any) -> PythonReward:
@@ -55,8 +52,8 @@ def test_the_function_gets_everything_that_is_known_of_a_row(write: Write) -> No
     first, second = sys.modules["mine"].seen
     assert first.messages == ({"role": "system", "content": "S"}, {"role": "user", "content": "Q?"})
     assert (first.prompt, first.completion, first.prompt_id, first.sample_index) == ("Q?", "abc", "p", 4)
-    assert first.reference == {"a": [1, 2.5]}
-    assert second.reference is None
+    assert first.ground_truth == {"a": [1, 2.5]}
+    assert second.ground_truth is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.completion = "x"
 
@@ -145,10 +142,10 @@ def test_what_is_missing_is_said_before_anything_runs(
     write(text)
     config = RewardConfig(kind="python", python={"function": function})
     with pytest.raises(ConfigError, match=message):
-        check_references(config, [])
+        check_ground_truths(config, [])
     weighted = RewardConfig(kind="weighted", terms=[{"weight": 1.0, "reward": config}])
     with pytest.raises(ConfigError, match=message):
-        check_references(weighted, [])
+        check_ground_truths(weighted, [])
 
 
 def test_the_identity_is_the_file_the_name_the_version_and_the_arguments(write: Write) -> None:

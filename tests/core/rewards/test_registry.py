@@ -7,10 +7,10 @@ from importlib.metadata import version
 
 import pytest
 
+from qrpo_core.common.errors import ConfigError
 from qrpo_core.config import RewardConfig
-from qrpo_core.errors import ConfigError
 from qrpo_core.rewards import registry
-from qrpo_core.rewards.registry import make_reward, needs_reference, reward_identity
+from qrpo_core.rewards.registry import make_reward, reward_identity
 
 
 def weighted(*rewards: dict) -> RewardConfig:
@@ -52,8 +52,8 @@ def test_identity_changes_with_the_config_and_only_with_it() -> None:
         (weighted({"kind": "sentiment"}, {"kind": "number"}), True),
     ],
 )
-def test_needs_reference(config: RewardConfig, needs: bool) -> None:
-    assert needs_reference(config) is needs
+def test_needs_ground_truth(config: RewardConfig, needs: bool) -> None:
+    assert make_reward(config).needs_ground_truth is needs
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,11 +67,11 @@ def test_nothing_heavy_is_imported_before_a_row_is_scored() -> None:
     script = """
 import sys
 from qrpo_core.config import RewardConfig
-from qrpo_core.rewards.registry import make_reward, needs_reference, reward_identity
+from qrpo_core.rewards.registry import make_reward, reward_identity
 for kind in ("number", "exact", "reasoning_gym", "math", "sentiment", "weighted"):
     terms = [{"weight": 1, "reward": {"kind": "math"}}] if kind == "weighted" else ()
     config = RewardConfig(kind=kind, terms=terms) if terms else RewardConfig(kind=kind)
-    make_reward(config), needs_reference(config), reward_identity(config)
+    make_reward(config), reward_identity(config)
 heavy = {"reasoning_gym", "math_verify", "sympy", "vaderSentiment", "torch", "scipy.stats"}
 print(" ".join(heavy & set(sys.modules)))
 """

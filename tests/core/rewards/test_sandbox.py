@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,16 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrpo_core import doctor
-from qrpo_core.errors import ConfigError
-from qrpo_core.rewards import sandbox_probe
-from qrpo_core.rewards.code_environment import own_environment
-from qrpo_core.rewards.sandbox import Limits, Sandbox, modes
-from qrpo_core.rewards.sandbox_channel import Broken, Channel, Ended, Late
-from qrpo_core.rewards.sandbox_probe import find_mode
-from qrpo_core.rewards.sandbox_wire import DEPTH, WireError, decode, encode, parse
+from qrpo_core.common.errors import ConfigError
+from qrpo_core.inspection import doctor
+from qrpo_core.rewards.code.environment import own_environment
+from qrpo_core.rewards.code.sandbox import probe
+from qrpo_core.rewards.code.sandbox.bubblewrap import UNSAFE, Limits, Sandbox, modes
+from qrpo_core.rewards.code.sandbox.channel import Broken, Channel, Ended, Late
+from qrpo_core.rewards.code.sandbox.probe import find_mode
+from qrpo_core.rewards.code.sandbox.wire import DEPTH, WireError, decode, encode, parse
+from tests.core.rewards.code_problems import needs_bwrap
 
-needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 ROOT = Path(__file__).parents[3]
 
 
@@ -240,7 +239,7 @@ def test_the_sandbox_of_this_machine_holds() -> None:
 @needs_bwrap
 def test_a_process_that_gets_out_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     # The probe itself: run without a sandbox, the same program finds the network and the system open.
-    reason = sandbox_probe.try_mode("unsafe")
+    reason = probe.try_mode(UNSAFE, own_environment())
     assert reason is not None
     assert "properties do not hold" in reason
 
@@ -249,7 +248,7 @@ def test_without_bubblewrap_nothing_runs_unless_told(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"apt install bubblewrap.*reward\.code\.unsafe"):
         find_mode(False)
-    assert find_mode(True) == "unsafe"
+    assert find_mode(True) == UNSAFE
     check = doctor.check_bubblewrap()
     assert not check.ok
     assert "apt install bubblewrap" in check.remedy
@@ -289,14 +288,14 @@ def test_killed_from_another_thread_it_ends_the_wait() -> None:
 ENDLESS = """
     import json, sys
     from qrpo_core.rewards.base import RewardRequest
-    from qrpo_core.rewards.code import CodeReward
-    from qrpo_core.rewards.config import CodeRewardConfig
+    from qrpo_core.rewards.code.reward import CodeReward
+    from qrpo_core.config.rewards import CodeRewardConfig
 
     reward = CodeReward(CodeRewardConfig(format="mbpp", memory_mb=int(sys.argv[1]), processes=3,
                                          seconds_per_test=300, seconds_per_program=300))
-    reference = json.dumps({"test_list": ["assert f(1) == 2"]})
+    ground_truth = json.dumps({"test_list": ["assert f(1) == 2"]})
     daemon = "import os\\ndef f(n):\\n    os.fork()\\n    os.setsid()\\n    while True: pass"
-    rows = [RewardRequest("p", i, (), f"```python\\n{daemon}\\n```", reference) for i in range(9)]
+    rows = [RewardRequest("p", i, (), f"```python\\n{daemon}\\n```", ground_truth) for i in range(9)]
     reward.problems([])
     print("ready", flush=True)
     reward.score(rows)

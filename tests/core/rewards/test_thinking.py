@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qrpo_core.config import RewardConfig
+from qrpo_core.config.rewards import KNOWN_MARKS
 from qrpo_core.rewards.base import RewardRequest, Score
-from qrpo_core.rewards.config import KNOWN_MARKS
 from qrpo_core.rewards.registry import make_reward, reward_identity
 from qrpo_core.rewards.thinking import UNFINISHED, answer_after
 
@@ -65,8 +65,8 @@ def test_whatever_is_thought_does_not_change_the_answer(thinking, answer, pair) 
     assert answer_after(whole.removeprefix(pair.open), KNOWN_MARKS, pair.open) == expected
 
 
-def score(config: dict, text: str, reference: object = None, opening: str = "") -> Score:
-    encoded = None if reference is None else json.dumps(reference)
+def score(config: dict, text: str, ground_truth: object = None, opening: str = "") -> Score:
+    encoded = None if ground_truth is None else json.dumps(ground_truth)
     request = RewardRequest("p", 0, (("user", "?"),), text, encoded, opening)
     reward = make_reward(RewardConfig(**config))
     (result,) = reward.score([request])

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
+import weakref
 from typing import Any
 
 import pytest
 
 from qrpo_core.config import RewardConfig
-from qrpo_core.rewards import worker
 from qrpo_core.rewards.base import RewardRequest
-from qrpo_core.rewards.registry import check_references, make_reward, reward_doubts
+from qrpo_core.rewards.registry import check_ground_truths, make_reward, reward_doubts
+from qrpo_core.rewards.verifiable import scorer_process
+from tests.core.rewards.code_problems import needs_bwrap
 
-needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
-
-def problems(config: dict[str, Any], references: list[Any]) -> list[str]:
-    pairs = [(f"p{row}", json.dumps(each)) for row, each in enumerate(references)]
+def problems(config: dict[str, Any], ground_truths: list[Any]) -> list[str]:
+    pairs = [(f"p{row}", json.dumps(each)) for row, each in enumerate(ground_truths)]
     return [f"{place}: {doubt.problem}" for place, _, doubt in reward_doubts(RewardConfig(**config), pairs)]
 
 
@@ -48,11 +47,11 @@ def test_a_task_whose_scorer_pays_for_anything_is_named(name: str, says: str) ->
 
 @pytest.mark.parametrize("name", ["binary_matrix", "n_queens", "sudoku"])
 def test_answers_of_several_lines_need_another_extraction_than_the_last_line(name: str) -> None:
-    references = task(name)
-    (problem,) = problems(GYM | {"extract": "last_line"}, references)
+    ground_truths = task(name)
+    (problem,) = problems(GYM | {"extract": "last_line"}, ground_truths)
     assert "does not pay for the right answer of 8 of 8 prompts" in problem
-    assert problems(GYM, references) == []  # the kind's own rule takes as many lines as the answer has
-    assert problems(GYM | {"extract": "answer_tag"}, references) == []
+    assert problems(GYM, ground_truths) == []  # the kind's own rule takes as many lines as the answer has
+    assert problems(GYM | {"extract": "answer_tag"}, ground_truths) == []
 
 
 def test_a_task_without_answers_is_doubted_but_may_be_meant() -> None:
@@ -118,17 +117,20 @@ def test_tests_that_wrong_programs_pass_are_named() -> None:
 
 def test_the_scorers_of_a_check_share_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    real = worker._start
-    monkeypatch.setattr(worker, "_start", lambda folder: started.append(folder) or real(folder))
+    monkeypatch.setattr(scorer_process, "_SHARED", weakref.WeakValueDictionary())
+    real = scorer_process._start
+    # Rewards of other tests may not be collected yet, and would lend their process.
+    monkeypatch.setattr(scorer_process, "_SHARED", weakref.WeakValueDictionary())
+    monkeypatch.setattr(scorer_process, "_start", lambda folder: started.append(folder) or real(folder))
     terms = [{"weight": 1, "reward": {"kind": "math"}}, {"weight": 1, "reward": {"kind": "math"}}]
     config = RewardConfig(kind="weighted", terms=terms)
     pairs = [(f"p{row}", json.dumps(f"\\sqrt{{{row}}} + x")) for row in range(2, 6)]
-    with worker.kept_workers():
-        assert not check_references(config, pairs)
+    with scorer_process.kept_workers():
+        assert not check_ground_truths(config, pairs)
         assert not reward_doubts(config, pairs)
     assert len(started) == 1
     gc.collect()
-    assert not worker._SHARED.get("math")
+    assert not scorer_process._SHARED.get("math")
 
 
 def test_kinds_without_a_right_answer_are_not_tried() -> None:
@@ -136,20 +138,20 @@ def test_kinds_without_a_right_answer_are_not_tried() -> None:
 
 
 def test_a_scorer_that_raises_on_free_text_says_wrong_and_keeps_the_reason() -> None:
-    reference = json.dumps(task("prime_factorization", 1)[0])
+    ground_truth = json.dumps(task("prime_factorization", 1)[0])
     reward = make_reward(RewardConfig(**GYM))
-    (score,) = reward.score([RewardRequest("p", 0, (("user", "?"),), "I cannot help", reference)])
+    (score,) = reward.score([RewardRequest("p", 0, (("user", "?"),), "I cannot help", ground_truth)])
     reward.close()
     assert (score.reward, score.status) == (0.0, "ok")
     assert score.detail.startswith("the scorer raised ValueError")
 
 
 def test_a_grid_is_found_behind_other_lines_and_in_a_fence() -> None:
-    reference = task("sudoku", 1)[0]
-    answer = reference["entry"]["answer"]
+    ground_truth = task("sudoku", 1)[0]
+    answer = ground_truth["entry"]["answer"]
     texts = [f"Here it is:\n{answer}\n", f"Here:\n```\n{answer}\n```", f"<answer>{answer}</answer> done"]
     requests = [
-        RewardRequest("p", row, (("user", "?"),), text, json.dumps(reference))
+        RewardRequest("p", row, (("user", "?"),), text, json.dumps(ground_truth))
         for row, text in enumerate(texts)
     ]
     reward = make_reward(RewardConfig(**GYM))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qrpo_core.errors import ConfigError
-from qrpo_core.rewards.config import RewardConfig
+from qrpo_core.common.errors import ConfigError
+from qrpo_core.config.rewards import RewardConfig
 
 SCORE = "VALUE = {value}\ndef score(batch): return [VALUE] * len(batch)\n"
 #: Scores a row by the function named, then imports what is ours; prints the score and where ours comes from.
@@ -100,11 +100,11 @@ def test_a_function_that_pickles_finds_its_module_in_a_fork(tmp_path: Path) -> N
 def test_what_is_not_there_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, message: str
 ) -> None:
-    from qrpo_core.rewards.registry import check_references
+    from qrpo_core.rewards.registry import check_ground_truths
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "tasks.py").write_text(SCORE.format(value=1))
     with pytest.raises(ConfigError, match=message):
-        check_references(RewardConfig(kind="python", python={"function": function}), [])
+        check_ground_truths(RewardConfig(kind="python", python={"function": function}), [])
     assert os.getcwd() == str(tmp_path)

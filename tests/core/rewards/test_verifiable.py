@@ -1,4 +1,4 @@
-"""Rewards that check against a reference: hand-made tables, real graded solutions, real tasks."""
+"""Rewards that check against a ground truth: hand-made tables, real graded solutions, real tasks."""
 
 import json
 from functools import lru_cache
@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from qrpo_core.common.errors import DataError
 from qrpo_core.config import RewardConfig
-from qrpo_core.errors import DataError
-from qrpo_core.rewards.base import CheckedReward, RewardRequest, Score, refuse
+from qrpo_core.rewards.base import Reward, RewardRequest, Score, refuse
 from qrpo_core.rewards.registry import make_reward
-from qrpo_core.rewards.verifiable import MATH_WINDOW, MathReward, math_window
+from qrpo_core.rewards.verifiable.rewards import MATH_WINDOW, MathReward, math_window
 
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 
 
-def request(text: str, reference: object, row: int = 0) -> RewardRequest:
-    return RewardRequest("p", row, (("user", "?"),), text, json.dumps(reference))
+def request(text: str, ground_truth: object, row: int = 0) -> RewardRequest:
+    return RewardRequest("p", row, (("user", "?"),), text, json.dumps(ground_truth))
 
 
-def score(config: dict, text: str, reference: object) -> float | None:
-    (result,) = make_reward(RewardConfig(**config)).score([request(text, reference)])
+def score(config: dict, text: str, ground_truth: object) -> float | None:
+    (result,) = make_reward(RewardConfig(**config)).score([request(text, ground_truth)])
     assert result.status == "ok", result
     return result.reward
 
@@ -61,9 +61,9 @@ NUMBER = [
 ]
 
 
-@pytest.mark.parametrize(("options", "text", "reference", "expected"), NUMBER)
-def test_number(options: dict, text: str, reference: object, expected: float) -> None:
-    assert score({"kind": "number", **options}, text, reference) == expected
+@pytest.mark.parametrize(("options", "text", "ground_truth", "expected"), NUMBER)
+def test_number(options: dict, text: str, ground_truth: object, expected: float) -> None:
+    assert score({"kind": "number", **options}, text, ground_truth) == expected
 
 
 EXACT = [
@@ -81,13 +81,13 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize(("options", "text", "reference", "expected"), EXACT)
-def test_exact(options: dict, text: str, reference: object, expected: float) -> None:
-    assert score({"kind": "exact", **options}, text, reference) == expected
+@pytest.mark.parametrize(("options", "text", "ground_truth", "expected"), EXACT)
+def test_exact(options: dict, text: str, ground_truth: object, expected: float) -> None:
+    assert score({"kind": "exact", **options}, text, ground_truth) == expected
 
 
 @lru_cache
-def reasoning_gym_reward(extract: str | None = None) -> CheckedReward:
+def reasoning_gym_reward(extract: str | None = None) -> Reward:
     """One for all tests: its process takes seconds to start."""
     return make_reward(RewardConfig(kind="reasoning_gym", extract=extract))
 
@@ -117,9 +117,9 @@ MATH = [
 ]
 
 
-@pytest.mark.parametrize(("text", "reference", "expected"), MATH)
-def test_math(math_reward: MathReward, text: str, reference: object, expected: float) -> None:
-    assert math_reward.score([request(text, reference)]) == [Score(expected)]
+@pytest.mark.parametrize(("text", "ground_truth", "expected"), MATH)
+def test_math(math_reward: MathReward, text: str, ground_truth: object, expected: float) -> None:
+    assert math_reward.score([request(text, ground_truth)]) == [Score(expected)]
 
 
 def test_math_reads_the_end_of_a_long_completion() -> None:
@@ -132,7 +132,7 @@ def test_math_reads_the_end_of_a_long_completion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reference", "remedy"),
+    ("kind", "ground_truth", "remedy"),
     [
         ("number", '"1 or 2"', "holds 2 numbers"),
         ("number", '"#### none"', "holds 0 numbers"),
@@ -154,10 +154,12 @@ def test_math_reads_the_end_of_a_long_completion() -> None:
         ),
     ],
 )
-def test_an_unreadable_reference_is_refused_with_its_prompt(kind: str, reference: str, remedy: str) -> None:
+def test_an_unreadable_ground_truth_is_refused_with_its_prompt(
+    kind: str, ground_truth: str, remedy: str
+) -> None:
     reward = reasoning_gym_reward() if kind == "reasoning_gym" else make_reward(RewardConfig(kind=kind))
     with pytest.raises(DataError) as caught:
-        refuse(reward, [("abc", reference)])
+        refuse(reward, [("abc", ground_truth)])
     assert caught.value.where == "prompt abc"
     assert remedy in str(caught.value)
 
@@ -169,10 +171,10 @@ def graded_solutions() -> list[tuple[RewardRequest, bool]]:
     rows = []
     for place, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         row = json.loads(line)
-        reference = row["ground_truth"].rpartition("\nA: ")[2]
+        ground_truth = row["ground_truth"].rpartition("\nA: ")[2]
         for key in ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"):
             solution = row[key]
-            rows.append((request(solution["solution"], reference, place), solution["is_correct"]))
+            rows.append((request(solution["solution"], ground_truth, place), solution["is_correct"]))
     return rows
 
 
@@ -193,7 +195,7 @@ def test_math_agrees_with_the_graders_of_gsm8k_solutions() -> None:
     assert agreement("math", graded_solutions()[::4]) == 1  # measured: 1,600 of 1,600 on all
 
 
-def test_every_gsm8k_answer_is_a_reference_and_right_by_it() -> None:
+def test_every_gsm8k_answer_is_a_ground_truth_and_right_by_it() -> None:
     path = GSM8K / "train.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is absent")
@@ -208,7 +210,7 @@ TASKS = ["chain_sum", "leg_counting", "basic_arithmetic", "simple_equations", "c
 
 @pytest.fixture(scope="module")
 def entries() -> dict[str, list[tuple[str, dict]]]:
-    """Three real entries of several tasks, as (answer, reference)."""
+    """Three real entries of several tasks, as (answer, ground truth)."""
     import reasoning_gym
 
     found = {}
@@ -226,8 +228,8 @@ def test_reasoning_gym_gives_its_own_answer_1_and_a_wrong_one_less(
 ) -> None:
     pairs = [pair for task in TASKS for pair in entries[task]]
     reward = reasoning_gym_reward("whole")
-    right = reward.score([request(answer, reference) for answer, reference in pairs])
-    wrong = reward.score([request("no idea, 7 of them", reference) for _, reference in pairs])
+    right = reward.score([request(answer, ground_truth) for answer, ground_truth in pairs])
+    wrong = reward.score([request("no idea, 7 of them", ground_truth) for _, ground_truth in pairs])
     assert right == [Score(1.0)] * len(pairs)
     assert all(score.status == "ok" and score.reward is not None and score.reward < 1 for score in wrong)
 
@@ -235,20 +237,20 @@ def test_reasoning_gym_gives_its_own_answer_1_and_a_wrong_one_less(
 def test_reasoning_gym_with_an_extraction_that_a_chatty_model_can_meet(
     entries: dict[str, list[tuple[str, dict]]],
 ) -> None:
-    answer, reference = entries["chain_sum"][0]
+    answer, ground_truth = entries["chain_sum"][0]
     texts = [f"Sure! 4 terms give {answer}. Does that help?", f"It is {int(answer) + 1}.", "I cannot say."]
-    rows = [request(text, reference) for text in texts]
+    rows = [request(text, ground_truth) for text in texts]
     reward = reasoning_gym_reward("last_integer")
     assert [score.reward for score in reward.score(rows)] == [1, 0, 0]
     by_line = reasoning_gym_reward()
-    assert by_line.score([request(f"Let me see.\n{answer}\n", reference)]) == [Score(1.0)]
+    assert by_line.score([request(f"Let me see.\n{answer}\n", ground_truth)]) == [Score(1.0)]
 
 
 def test_a_scorer_that_raises_says_wrong_and_keeps_its_message(
     entries: dict[str, list[tuple[str, dict]]],
 ) -> None:
-    _, reference = entries["prime_factorization"][0]
-    (score,) = reasoning_gym_reward().score([request("x × y", reference)])
+    _, ground_truth = entries["prime_factorization"][0]
+    (score,) = reasoning_gym_reward().score([request("x × y", ground_truth)])
     assert (score.reward, score.status) == (0.0, "ok")
     assert score.detail.startswith("the scorer raised ValueError: invalid literal for int()")
 
@@ -256,6 +258,6 @@ def test_a_scorer_that_raises_says_wrong_and_keeps_its_message(
 def test_an_entry_whose_metadata_did_not_survive_json_is_refused(
     entries: dict[str, list[tuple[str, dict]]],
 ) -> None:
-    _, reference = entries["arc_agi"][0]
+    _, ground_truth = entries["arc_agi"][0]
     with pytest.raises(DataError, match=r"own answer 0\.05"):
-        reasoning_gym_reward().score([request("x", reference)])
+        reasoning_gym_reward().score([request("x", ground_truth)])

@@ -11,8 +11,8 @@ import pytest
 from qrpo_core.config import RewardConfig
 from qrpo_core.rewards.base import RewardRequest, Score
 from qrpo_core.rewards.registry import make_reward
-from qrpo_core.rewards.worker import Worker
-from qrpo_core.rewards.worker_main import MEMORY_BYTES
+from qrpo_core.rewards.verifiable.scorer_main import MEMORY_BYTES
+from qrpo_core.rewards.verifiable.scorer_process import Worker
 
 
 def entry(task: str, answer: str, **metadata: object) -> str:
@@ -67,24 +67,25 @@ def test_the_process_ends_with_its_owner() -> None:
 
 
 def test_memory_is_limited(worker: Worker) -> None:
-    reference = entry("string_insertion", "x")
-    assert worker.score(reference, "'x' if bytes(1 << 20) else ''") == 0.1
-    assert worker.score(reference, f"'x' if bytes({MEMORY_BYTES}) else ''") == 0  # MemoryError, swallowed
+    ground_truth = entry("string_insertion", "x")
+    assert worker.score(ground_truth, "'x' if bytes(1 << 20) else ''") == 0.1
+    assert worker.score(ground_truth, f"'x' if bytes({MEMORY_BYTES}) else ''") == 0  # MemoryError, swallowed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "reference", "text"),
+    ("kind", "ground_truth", "text"),
     [
         ("reasoning_gym", COUNTDOWN, "9**9**9**9"),
         ("math", "5", "$\\boxed{10^{10^{10}}}$"),
-        ("reasoning_gym", COUNTDOWN, "__import__('time').sleep(1000)"),
+        # Half a minute of waiting.
+        pytest.param("reasoning_gym", COUNTDOWN, "__import__('time').sleep(1000)", marks=pytest.mark.long),
     ],
 )
-def test_an_endless_computation_is_a_timeout(kind: str, reference: str, text: str) -> None:
+def test_an_endless_computation_is_a_timeout(kind: str, ground_truth: str, text: str) -> None:
     reward = make_reward(RewardConfig(kind=kind))
     started = time.monotonic()
-    (score,) = reward.score([RewardRequest("p", 0, (), text, reference)])
+    (score,) = reward.score([RewardRequest("p", 0, (), text, ground_truth)])
     assert (score.reward, score.status) == (None, "timeout")
     assert "5 s of processor time or 30 s" in score.detail
     assert time.monotonic() - started < 200

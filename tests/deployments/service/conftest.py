@@ -18,7 +18,7 @@ import httpx
 import pytest
 import yaml
 
-from flows.deploy import ROOT
+from flows.service.deploy import ROOT
 from tests.deployments.api import request
 from tests.flows.small import small
 
@@ -82,13 +82,13 @@ class Service:
     def log(self, module: str) -> Path:
         return self.folder / f"{module}.log"
 
-    def serve(self, seconds: float = 60) -> None:
+    def serve(self, seconds: float = 300) -> None:
         """`make serve`, until it answers."""
-        self.server = self.start("flows.serve", PREFECT_API_URL="")
+        self.server = self.start("flows.service.serve", PREFECT_API_URL="")
         deadline = time.monotonic() + seconds
         while True:
-            assert self.server.poll() is None, self.log("flows.serve").read_text()
-            assert time.monotonic() < deadline, self.log("flows.serve").read_text()
+            assert self.server.poll() is None, self.log("flows.service.serve").read_text()
+            assert time.monotonic() < deadline, self.log("flows.service.serve").read_text()
             try:
                 if httpx.get(f"{self.url}/health", timeout=5).is_success:
                     return
@@ -103,7 +103,7 @@ class Service:
             env={**self.client, **environment},
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=900,
         )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -121,14 +121,14 @@ class Service:
         self.begun = datetime.now(UTC).isoformat()
         found = self.ask("GET", f"/deployments/name/{deployment}/{deployment}")
         path = f"/deployments/{found['id']}/create_flow_run"
-        return str(self.ask("POST", path, parameters={"experiment": experiment, **more})["id"])
+        return str(self.ask("POST", path, parameters={"experiment": {"settings": experiment}, **more})["id"])
 
     def state(self, run: str) -> tuple[str, str]:
         """Type and message of the state of a run."""
         state = self.ask("GET", f"/flow_runs/{run}")["state"]
         return state["type"], state["message"] or ""
 
-    def end(self, run: str, seconds: float = 120) -> tuple[str, str]:
+    def end(self, run: str, seconds: float = 600) -> tuple[str, str]:
         """Wait until a run has ended; its state."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -139,7 +139,7 @@ class Service:
         logs = "\n".join(file.read_text() for file in self.folder.glob("*.log"))
         raise AssertionError(f"still {state}\n{logs}")
 
-    def said(self, run: str, pattern: str, seconds: float = 120) -> None:
+    def said(self, run: str, pattern: str, seconds: float = 600) -> None:
         """Wait for a line in the log of the run that was begun last, or of a run that it has begun."""
         deadline = time.monotonic() + seconds
         while True:
@@ -156,10 +156,17 @@ class Service:
             if started.poll() is None:
                 started.send_signal(signal.SIGTERM)
                 try:
-                    started.wait(40)
+                    started.wait(120)
                 except subprocess.TimeoutExpired:
                     started.kill()
             started.wait()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A service test may take longer than the limit of other tests: on a busy machine, half an hour."""
+    for item in items:
+        if item.get_closest_marker("service") is not None:
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from flows.deploy import ROOT
-from flows.end_with_worker import WORKER
+from flows.service.deploy import ROOT
+from flows.service.end_with_worker import WORKER
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the step does nothing elsewhere")
 
@@ -28,7 +28,7 @@ time.sleep(60)
 """
 RUN = """
 import os, signal, subprocess, sys, time
-from flows import end_with_worker
+from flows.service import end_with_worker
 {before}
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 assert end_with_worker.end_with_worker() == {{}}
@@ -48,7 +48,7 @@ def state(process: int) -> str:
 
 def watch_of(run: int) -> int:
     """The process that watches a run."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(found := watching(run)) != 1:
         assert time.monotonic() < deadline, found
         time.sleep(0.05)
@@ -67,7 +67,7 @@ def watching(run: int) -> list[int]:
     return found
 
 
-def gone(processes: list[int], seconds: float = 15) -> bool:
+def gone(processes: list[int], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if all(state(process) in ("", "Z") for process in processes):
@@ -81,7 +81,7 @@ def begin() -> Iterator[Callable[..., tuple[int, int, int]]]:
     """Starts a worker with a run; ids of the worker, the run, and the child of the run."""
     started: list[tuple[subprocess.Popen[str], list[int]]] = []
 
-    def start(before: str = "", seconds: float = 60, **environment: str) -> tuple[int, int, int]:
+    def start(before: str = "", seconds: float = 600, **environment: str) -> tuple[int, int, int]:
         run = RUN.format(before=before, seconds=seconds)
         worker = subprocess.Popen(
             [sys.executable, "-c", WORK, run],
@@ -115,7 +115,7 @@ def test_a_run_ends_with_its_worker(begin: Callable[..., Any]) -> None:
 
 
 def test_a_run_that_does_not_hear_is_killed_with_its_group(begin: Callable[..., Any], tmp_path: Path) -> None:
-    shipped = (ROOT / "flows/end_with_worker.py").read_text()
+    shipped = (ROOT / "flows/service/end_with_worker.py").read_text()
     quick = tmp_path / "end_with_worker.py"
     quick.write_text(shipped.replace("_GRACE = 20.0", "_GRACE = 0.5"))
     assert quick.read_text() != shipped

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from flows.server import AUTH
-from qrpo_core.experiments import load_experiment
+from flows.service.server import AUTH
+from qrpo_core.config.reading import load_experiment
 from tests.core.rewards.judge_server import Judge, Reply, said
 
 MARK = secrets.token_hex(12)
@@ -70,8 +70,8 @@ def test_a_secret_of_the_environment_is_written_nowhere(
     service = make_service(**SECRETS)
     service.auth = ("operator", f"{MARK}password")
     service.serve()
-    service.run("flows.deploy")
-    workers = service.start("flows.workers")
+    service.run("flows.service.deploy")
+    workers = service.start("flows.service.workers")
     asked = {"url": judge.url, "model": "judge", "template": "{{ completion }}", "expected": False}
     reward = {"kind": "judge", "judge": {**asked, "retry_seconds": 5.0}}
     training = {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-3}
@@ -82,7 +82,7 @@ def test_a_secret_of_the_environment_is_written_nowhere(
         "COMPLETED": service.begin("align", whole.model_dump(mode="json")),
         "FAILED": service.begin("precompute", failing.model_dump(mode="json")),
     }
-    ended = {state: service.end(run, 200) for state, run in runs.items()}
+    ended = {state: service.end(run, 900) for state, run in runs.items()}
     printed = service.run("flows.cli", "report", str(tmp_path / "whole.yaml"))
     assert {state: end[0] for state, end in ended.items()} == {state: state for state in runs}, ended
     assert "may not do this" in ended["FAILED"][1]  # what the judge said, without the key
@@ -100,7 +100,7 @@ def test_a_secret_of_the_environment_is_written_nowhere(
     places = "\n".join(written)
     for expected in (
         r"prefect\.db",
-        r"flows\.workers\.log",
+        r"flows\.service\.workers\.log",
         r"store-whole/.*\.html",
         r"rows of .*store-whole",
     ):

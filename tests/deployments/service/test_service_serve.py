@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from flows import serve
-from flows.serve import AUTH, DATABASE, RUN_ENVIRONMENT, SERVER_AUTH, SERVER_ENVIRONMENT, main, set_up
-from flows.server import prefect_server
-from qrpo_core.errors import ConfigError, QRPOError
+from flows.service import serve
+from flows.service.serve import AUTH, DATABASE, RUN_ENVIRONMENT, SERVER_AUTH, SERVER_ENVIRONMENT, main, set_up
+from flows.service.server import prefect_server
+from qrpo_core.common.errors import ConfigError, QRPOError
 
 PASSWORD = f"pass-{secrets.token_hex(12)}"
 
@@ -52,7 +52,10 @@ def test_without_the_password_nothing_is_answered(guarded: Any) -> None:
         ):
             answer = httpx.request(method, f"{guarded.url}{path}", auth=auth, headers=headers, timeout=30)
             assert answer.status_code == 401, (auth, method, path)
+        runs = guarded.url.removesuffix("/api") + "/qrpo/runs"
+        assert httpx.get(runs, auth=auth, timeout=60).status_code == 401, auth
     assert httpx.get(f"{guarded.url}/admin/version", auth=guarded.auth, timeout=30).status_code == 200
+    assert httpx.get(runs, auth=guarded.auth, timeout=60).status_code == 200
 
 
 @pytest.mark.service
@@ -69,8 +72,8 @@ def test_a_change_without_a_csrf_token_is_refused(guarded: Any) -> None:
 def test_every_command_works_with_the_variable_and_says_so_without(
     guarded: Any, write_experiment: Callable[..., Path]
 ) -> None:
-    assert "Work pool gpu created." in guarded.run("flows.deploy")
-    workers = guarded.start("flows.workers")
+    assert "Work pool gpu created." in guarded.run("flows.service.deploy")
+    workers = guarded.start("flows.service.workers")
     experiment = write_experiment()
     printed = guarded.run("flows.cli", "run", str(experiment), "--flow", "precompute")
     runs = guarded.ask("POST", "/flow_runs/filter")
@@ -78,17 +81,17 @@ def test_every_command_works_with_the_variable_and_says_so_without(
         ("precompute small", "COMPLETED")
     ]
 
-    from qrpo_core.experiments import load_experiment
+    from qrpo_core.config.reading import load_experiment
 
     again = load_experiment(experiment).model_dump(mode="json")
     state = guarded.end(guarded.begin("precompute", again))
-    assert state[0] == "COMPLETED", (state, guarded.log("flows.workers").read_text())
+    assert state[0] == "COMPLETED", (state, guarded.log("flows.service.workers").read_text())
     assert workers.poll() is None
 
     refused = guarded.run("flows.cli", "run", str(experiment), status=2, **{AUTH: ""})
-    assert f"{AUTH} is not set to what the Prefect server at {guarded.url} asks for" in refused
+    assert f"{AUTH} is not set to what the Prefect server at {guarded.url} requires" in refused
     refused = guarded.run("flows.cli", "run", str(experiment), status=2, **{AUTH: "operator:wrong"})
-    assert f"{AUTH} is not what the Prefect server at {guarded.url} asks for" in refused
+    assert f"{AUTH} is not what the Prefect server at {guarded.url} requires" in refused
     assert "wrong" not in refused
     # The password is nowhere that another user of the machine, or of the UI, can look at.
     token = base64.b64encode(f"operator:{PASSWORD}".encode()).decode()
@@ -109,30 +112,32 @@ def test_a_server_in_the_foreground_is_used_and_left_running(
     service = make_service()
     service.serve()
     address = service.url.removesuffix("/api")
-    assert service.log("flows.serve").read_text().splitlines() == [
+    assert service.log("flows.service.serve").read_text().splitlines() == [
         f"Prefect UI: {address}",
         f"For runs to use it: export PREFECT_API_URL={address}/api",
         f"Database: sqlite+aiosqlite:///{service.folder}/home/prefect.db",
-        "Authentication: open to this machine's users",
+        "Authentication: none: open to every user of this machine",
+        f"Runs and reports: {address}/qrpo/runs, of QRPO_STORES=.qrpo",
     ]
+    assert httpx.get(f"{address}/qrpo/runs", timeout=60).status_code == 200
     assert httpx.get(f"{address}/ui-settings", timeout=30).json()["api_url"] == service.url  # not port 4200
     with temporary_settings({"api.url": service.url}), prefect_server() as server:
         assert not server.own
         assert server.ui_url == address
     assert service.server.poll() is None
     os.killpg(service.server.pid, signal.SIGINT)
-    assert service.server.wait(60) == 0
-    assert "Traceback" not in service.log("flows.serve").read_text()
+    assert service.server.wait(300) == 0
+    assert "Traceback" not in service.log("flows.service.serve").read_text()
 
 
 def test_a_server_of_a_runs_own_asks_for_what_the_run_sends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.server import _for_own_clients
+    from flows.service.server import _with_our_password
 
     monkeypatch.delenv(AUTH, raising=False)
     monkeypatch.setenv(SERVER_AUTH, "operator:of-the-service")
-    assert SERVER_AUTH not in _for_own_clients()
+    assert SERVER_AUTH not in _with_our_password()
     monkeypatch.setenv(AUTH, "me:mine")
-    assert _for_own_clients()[SERVER_AUTH] == "me:mine"
+    assert _with_our_password()[SERVER_AUTH] == "me:mine"
 
 
 def test_one_variable_switches_on_authentication_and_csrf() -> None:

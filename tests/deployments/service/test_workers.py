@@ -1,4 +1,4 @@
-"""What workers do for a service: shares of missing rows, what follows a run, what a schedule starts."""
+"""What workers do for a service: shards of missing rows, what follows a run, what a schedule starts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from flows.deploy import ROOT
-from flows.workers import _LIVED, _children
+from flows.service.deploy import ROOT
+from flows.service.workers import _MIN_LIFETIME, _children
 from qrpo_core.config import Experiment
-from qrpo_core.experiments import load_experiment
-from qrpo_core.steps.chain import reference_steps, stored_chain
-from qrpo_core.steps.workspace import Workspace
+from qrpo_core.config.reading import load_experiment
+from qrpo_core.pipeline.experiment_steps import reference_steps, stored_steps
+from qrpo_core.pipeline.workspace import Workspace
 from tasks.events import PRECOMPUTED, TRAINED
 
 #: Of the 20 prompts; the others are held out, by the hash of each.
@@ -36,21 +36,21 @@ def service(make_service: Callable[..., Any]) -> Any:
     """A server with the deployments."""
     service = make_service(PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="2")  # default 60
     service.serve()
-    service.run("flows.deploy")
+    service.run("flows.service.deploy")
     return service
 
 
 @pytest.fixture(scope="module")
 def workers(service: Any) -> Any:
     """`make workers DEVICES="0 1"`: a worker of the pool cpu, two of the pool gpu."""
-    started = service.start("flows.workers", "0", "1")
+    started = service.start("flows.service.workers", "0", "1")
     online(service, gpu=2, cpu=1)
     return started
 
 
 def online(service: Any, **wanted: int) -> None:
     """Wait until so many workers of the pools are online."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         found = {
             pool: Counter(w["status"] for w in service.ask("POST", f"/work_pools/{pool}/workers/filter"))
@@ -59,16 +59,16 @@ def online(service: Any, **wanted: int) -> None:
         if all(found[pool]["ONLINE"] == count for pool, count in wanted.items()):
             return
         time.sleep(0.3)
-    raise AssertionError((found, service.log("flows.workers").read_text()))
+    raise AssertionError((found, service.log("flows.service.workers").read_text()))
 
 
 def begin(service: Any, deployment: str, path: Path, **more: Any) -> str:
     return str(service.begin(deployment, load_experiment(path).model_dump(mode="json"), **more))
 
 
-def shares(service: Any, experiment: Experiment) -> list[dict[str, Any]]:
-    """The runs of shares of an experiment, by start."""
-    found = service.ask("POST", "/flow_runs/filter", flow_runs={"tags": {"all_": ["share"]}})
+def shards(service: Any, experiment: Experiment) -> list[dict[str, Any]]:
+    """The runs of shards of an experiment, by start."""
+    found = service.ask("POST", "/flow_runs/filter", flow_runs={"tags": {"all_": ["shard"]}})
     mine = [run for run in found if run["parameters"]["experiment"]["store"]["path"] == experiment.store.path]
     return sorted(mine, key=lambda run: run["expected_start_time"])
 
@@ -76,13 +76,13 @@ def shares(service: Any, experiment: Experiment) -> list[dict[str, Any]]:
 def bought(experiment: Experiment) -> dict[str, Counter[tuple[str, int]]]:
     """How often each row stands in the blocks of each stage before training."""
     workspace = Workspace(experiment)
-    round_ = stored_chain(workspace).first
+    round_ = stored_steps(workspace).first
     return {
         step.label: Counter(
-            (run.key, index)
+            (row_range.key, index)
             for block in workspace.blocks.committed(step.recipe)
-            for run in block.runs
-            for index in range(run.first, run.first + run.count)
+            for row_range in block.ranges
+            for index in range(row_range.first, row_range.first + row_range.count)
         )
         for step in (*round_.row_steps, round_.logprobs)
     }
@@ -104,40 +104,40 @@ def test_two_workers_share_each_stage_and_one_that_is_killed_costs_nothing_but_i
     begun = time.monotonic()
     run = begin(service, "precompute", path)
     experiment = load_experiment(path)
-    service.said(run, "^  prompts ")
+    service.said(run, "^  prepare prompts ")
     workspace = Workspace(experiment)
     step = reference_steps(workspace)[0]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     # `make workers` takes one that ends in its first seconds for one that would end again.
-    while len(workspace.blocks.committed(step.recipe)) < 4 or time.monotonic() < begun + _LIVED:
+    while len(workspace.blocks.committed(step.recipe)) < 4 or time.monotonic() < begun + _MIN_LIFETIME:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    first, second = shares(service, experiment)
-    assert [share["name"].partition(" (")[0] for share in (first, second)] == [
-        "sample references, share 1 of 2",
-        "sample references, share 2 of 2",
+    first, second = shards(service, experiment)
+    assert [shard["name"].partition(" (")[0] for shard in (first, second)] == [
+        "sample references, shard 1 of 2",
+        "sample references, shard 2 of 2",
     ]
     victim = first if first["state_type"] == "RUNNING" else second
     its_process = process_of(victim["id"])
     os.kill(worker_of(its_process), signal.SIGKILL)
 
-    state = service.end(run, 240)
-    assert state[0] == "COMPLETED", (state, service.log("flows.workers").read_text())
+    state = service.end(run, 1200)
+    assert state[0] == "COMPLETED", (state, service.log("flows.service.workers").read_text())
     found = bought(experiment)
-    assert set(found) == {"sample references", "score references", "reference log-probs"}
+    assert set(found) == {"sample references", "annotate references", "score reference log-probs"}
     # Each row once: what the dead one had committed is not computed again, and the others did not overlap.
     assert all(set(rows.values()) == {1} for rows in found.values())
     assert all(len(rows) == TRAINED_ON * REFERENCES for rows in found.values())
     assert service.state(victim["id"])[0] == "CRASHED"
     assert not Path(f"/proc/{its_process}").exists()
-    told = service.log("flows.workers").read_text()
-    assert re.search(r"error: worker gpu . ended by itself, with the status -9", told)
+    told = service.log("flows.service.workers").read_text()
+    assert re.search(r"error: worker gpu . ended by itself with status -9", told)
     assert len(_children(workers.pid)) == 3  # and it was started again
-    service.said(run, "share . of 2 .* what it left is shared out again", seconds=10)
-    made = Counter(share["parameters"]["share"]["stage"] for share in shares(service, experiment))
+    service.said(run, "shard . of 2 .* its missing rows are split again", seconds=120)
+    made = Counter(shard["parameters"]["shard"]["stage"] for shard in shards(service, experiment))
     assert made["sample references"] > 2  # those that came for the dead one
-    assert made["score references"] == made["reference log-probs"] == 2
-    assert all(share["parent_task_run_id"] for share in shares(service, experiment))  # shown below their run
+    assert made["annotate references"] == made["score reference log-probs"] == 2
+    assert all(shard["parent_task_run_id"] for shard in shards(service, experiment))  # shown below their run
 
 
 def process_of(run: str) -> int:
@@ -179,22 +179,24 @@ def test_what_follows_a_run_starts_by_itself_if_it_is_asked_for(
 ) -> None:
     """The event that the flows emit at their end; no worker is needed to see the run that it starts."""
     experiment = load_experiment(write_experiment(f"{event}-{then.replace(', ', '-')}"))
-    told = (
-        f"from qrpo_core.experiments import load_experiment; from tasks.events import tell; tell({event!r}, "
+    script = (
+        f"from qrpo_core.config.reading import load_experiment; from tasks.events import emit_event; "
+        f"emit_event({event!r}, "
     )
-    told += f"load_experiment({str(write_experiment(experiment.name))!r}), {then!r})"
-    subprocess.run([sys.executable, "-c", told], cwd=ROOT, env=service.client, check=True, timeout=120)
+    script += f"load_experiment({str(write_experiment(experiment.name))!r}), {then!r})"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=service.client, check=True, timeout=600)
 
     def started() -> list[dict[str, Any]]:
         found = service.ask("POST", "/flow_runs/filter", flow_runs={"tags": {"all_": ["qrpo"]}})
-        return [run for run in found if run["parameters"]["experiment"]["name"] == experiment.name]
+        given = [run["parameters"]["experiment"].get("settings", {}) for run in found]
+        return [run for run, each in zip(found, given, strict=True) if each.get("name") == experiment.name]
 
-    deadline = time.monotonic() + (30 if flow else 3)
+    deadline = time.monotonic() + (300 if flow else 3)
     while not (runs := started()) and time.monotonic() < deadline:
         time.sleep(0.3)
     assert len(runs) == (flow is not None)
     for run in runs:
-        assert Experiment.model_validate(run["parameters"]["experiment"]) == experiment
+        assert Experiment.model_validate(run["parameters"]["experiment"]["settings"]) == experiment
         assert run["parameters"].get("then") == next_then
         assert service.ask("GET", f"/flows/{run['flow_id']}")["name"] == flow
         service.ask("DELETE", f"/flow_runs/{run['id']}")
@@ -211,19 +213,19 @@ def test_the_nightly_top_up_fires_by_itself_and_adds_what_is_missing(
     before = bought(experiment)["sample references"]
     assert len(before) == 2 * TRAINED_ON
 
+    service.run("flows.cli", "schedule", str(path), "--cron", "0 2 * * *")
     found = service.ask("GET", "/deployments/name/top-up/top-up")
     (nightly,) = found["schedules"]
-    assert not nightly["active"]
     # Night is in 15 seconds, by the clock of the server.
     at = datetime.now(UTC) + timedelta(seconds=15)
     changed = {
         "active": True,
         "schedule": {"interval": 86400, "anchor_date": at.isoformat(), "timezone": "UTC"},
-        "parameters": {"experiment": experiment.model_dump(mode="json")},
+        "parameters": nightly["parameters"],
     }
     service.ask("PATCH", f"/deployments/{found['id']}/schedules/{nightly['id']}", **changed)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
             runs = service.ask("POST", "/flow_runs/filter", flows={"name": {"any_": ["top-up"]}})
             first = min(runs, key=lambda run: run["expected_start_time"], default=None)
@@ -234,7 +236,7 @@ def test_the_nightly_top_up_fires_by_itself_and_adds_what_is_missing(
     finally:
         path_of = f"/deployments/{found['id']}/schedules/{nightly['id']}"
         service.ask("PATCH", path_of, active=False)
-    assert first["state_type"] == "COMPLETED", service.log("flows.workers").read_text()
+    assert first["state_type"] == "COMPLETED", service.log("flows.service.workers").read_text()
     assert first["auto_scheduled"]
     assert datetime.fromisoformat(first["expected_start_time"]) == at
     after = bought(experiment)["sample references"]

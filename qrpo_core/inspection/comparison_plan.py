@@ -1,0 +1,140 @@
+"""The plan of a comparison: which trainings and evaluations the store lacks. Writes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qrpo_core.common.errors import ConfigError
+from qrpo_core.common.formatting import duration
+from qrpo_core.config.comparison import ComparisonConfig
+from qrpo_core.inspection.memory import check_memory
+from qrpo_core.maintenance.in_use import known_prompts, steps_of
+from qrpo_core.pipeline.evaluation import EvaluationSteps
+from qrpo_core.pipeline.experiment_steps import ExperimentSteps
+from qrpo_core.pipeline.held_out_part import HeldOutPart
+from qrpo_core.pipeline.variants import Variant
+from qrpo_core.pipeline.workspace import Workspace
+from qrpo_core.reporting.text_table import table
+
+#: What the store has of a training: nothing, its policy, or its evaluation too.
+State = Literal["to train", "to evaluate", "cached"]
+
+#: Settings of a training that its memory does not depend on.
+_SAME_MEMORY = {
+    *("seed", "learning_rate", "epochs", "warmup_ratio", "schedule", "weight_decay", "max_grad_norm"),
+    *("temperature", "lora_alpha", "checkpoint_minutes", "report_to"),
+}
+
+
+@dataclass(frozen=True)
+class PlannedVariant:
+    """A variant and the state of its training with each seed. seconds : those of its stored trainings."""
+
+    variant: Variant
+    states: dict[int, State]
+    seconds: tuple[float, ...]
+
+
+def seeds_of(variants: Sequence[Variant], config: ComparisonConfig) -> tuple[range, range]:
+    """The training seeds to choose by (none where nothing is chosen), and those to compare with.
+
+    Raises ConfigError where they go beyond the largest seed.
+    """
+    first = variants[0].experiment.training.seed
+    chosen_at = first + (config.choose_seeds if config.choose_on == "validation" else 0)
+    if (last := chosen_at + config.seeds - 1) >= 2**32:
+        raise ConfigError(
+            f"the last training seed would be {last}, and the largest is {2**32 - 1}",
+            where=f"training.seed {first}",
+            remedy="lower training.seed or --seeds",
+        )
+    return range(first, chosen_at), range(chosen_at, chosen_at + config.seeds)
+
+
+def finished(steps: ExperimentSteps) -> EvaluationSteps | None:
+    """The evaluation of an experiment if the store has it and no row of it is to be tried again."""
+    workspace = steps.workspace
+    *_, last = steps.planned_rounds()
+    trained = workspace.artifacts.find(last.train_recipe) is not None
+    if last.number < workspace.experiment.rounds.count or not trained:
+        return None
+    end = steps.after(last)
+    if workspace.artifacts.find(end.evaluate) is None:
+        return None
+    missing = workspace.blocks.missing
+    return None if any(missing(step.recipe, step.wanted).row_count for step in end.after) else end
+
+
+def plan_comparison(
+    workspace: Workspace, variants: Sequence[Variant], config: ComparisonConfig
+) -> list[PlannedVariant]:
+    """The state of every training. With a choice, the trainings that follow it are not known: `seeds_of`."""
+    asked, tables = known_prompts(workspace)
+    choosing, comparing = seeds_of(variants, config)
+    part = HeldOutPart.of(config, "validation")
+    planned = []
+    for variant in variants:
+        states: dict[int, State] = {}
+        seconds = []
+        for seed in choosing or comparing:
+            own = workspace.beside(variant.with_seed(seed))
+            steps = steps_of(own, asked, tables).on_part(part)
+            *_, last = steps.planned_rounds()
+            made = workspace.artifacts.find(last.train_recipe)
+            if made is None or last.number < variant.experiment.rounds.count:
+                states[seed] = "to train"
+                continue
+            seconds.append(made.seconds)
+            states[seed] = "to evaluate" if finished(steps) is None else "cached"
+        planned.append(PlannedVariant(variant, states, tuple(seconds)))
+    return planned
+
+
+def check_variants_memory(
+    workspace: Workspace, planned: Sequence[PlannedVariant], config: ComparisonConfig, *, pooled: bool
+) -> None:
+    """Raise ConfigError, which names the variant, where one cannot fit on this machine's GPUs.
+
+    pooled : whether workers compute the rows before training. Of variants that need the same memory one is
+    checked.
+    """
+    checked = set()
+    _, (later, *_) = seeds_of([each.variant for each in planned], config)
+    for each in planned:
+        seed, state = next(
+            ((seed, state) for seed, state in each.states.items() if state != "cached"), (later, "cached")
+        )
+        experiment = each.variant.with_seed(seed)
+        training = experiment.training.model_dump_json(exclude=_SAME_MEMORY)
+        needs = state, training, experiment.objective.pairwise, experiment.training_data, experiment.rounds
+        if needs not in checked:
+            checked.add(needs)
+            check_memory(workspace.beside(experiment), "compare", pooled=pooled, of=each.variant.name)
+
+
+def comparison_plan_lines(planned: Sequence[PlannedVariant], config: ComparisonConfig) -> list[str]:
+    """A table of the variants, and the number of trainings and evaluations to do."""
+    rows = [("variant", "seeds", "to train", "to evaluate", "cached", "left out of the file's settings")]
+    sums: Counter[State] = Counter()
+    for each in planned:
+        counts = Counter(each.states.values())
+        sums += counts
+        seeds = f"{min(each.states)} to {max(each.states)}" if len(each.states) > 1 else f"{min(each.states)}"
+        train, evaluate, cached = counts["to train"], counts["to evaluate"], counts["cached"]
+        numbers = f"{train}", f"{evaluate}", f"{cached}"
+        rows.append((each.variant.name, seeds, *numbers, ", ".join(each.variant.dropped)))
+    trainings, evaluations = sums["to train"], sums["to train"] + sums["to evaluate"]
+    total = f"To compute: {trainings} trainings and {evaluations} evaluations; {sums['cached']} are cached."
+    seconds = [each for row in planned for each in row.seconds]
+    if trainings and seconds:
+        total += f" The stored trainings took {duration(sum(seconds) / len(seconds))} each."
+    lines = [*table(rows), "", total]
+    if config.choose_on == "validation":
+        lines.append(
+            f"These choose one variant of each {', '.join(config.choose_within)}; {config.seeds} further "
+            "trainings and evaluations of each chosen one follow."
+        )
+    return lines
