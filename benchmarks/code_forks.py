@@ -1,19 +1,24 @@
 """Programs of the reward `code` forked, against a sandbox and an interpreter for each, in the same run.
 
     python benchmarks/code_forks.py [--data ../shared/data] [--rows N] [--round N] [--processes N]
-        [--output benchmarks/results/code_forks.json]
+        [--before CHECKOUT] [--output benchmarks/results/code_forks.json]
 
-Both ways score the same rows of MBPP in rounds that alternate, so that other work on the machine meets both.
+All ways score the same rows of MBPP in rounds that alternate, so that other work on the machine meets all.
 `solutions` are the reference solutions. `wrong` are each problem with the next one's program: most fail, some
 in ways of their own. Goal: 5 times the rows a second on `solutions`, and every row with the same score. MBPP
-123 is left out: its solution computes for seconds, which no way of starting it changes.
+123 is left out: its solution computes for seconds, which no way of starting it changes. With --before the
+reward of another checkout (`git worktree add CHECKOUT 2c6d8da`) scores them, too, in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -29,7 +34,11 @@ from qrpo_core.rewards.code.formats import read_problem
 from qrpo_core.rewards.code.reward import CodeReward
 
 WAYS = {"forked": True, "a sandbox a program": False}
+BEFORE = "before"
 LEFT_OUT = {"mbpp 123"}
+
+#: A batch of rows → its seconds and scores.
+Scorer = Callable[[list[RewardRequest]], tuple[float, list[Score]]]
 
 
 def wrong(rows: list[RewardRequest]) -> list[RewardRequest]:
@@ -54,32 +63,87 @@ def reward(forks: bool, processes: int | None) -> CodeReward:
     return made
 
 
-def measure(rows: list[RewardRequest], size: int, processes: int | None) -> dict[str, Any]:
-    """Rates of both ways, their ratio, and the table of verdicts."""
-    rewards = {way: reward(forks, processes) for way, forks in WAYS.items()}
-    for each in rewards.values():  # a run checks its ground truths once, before anything is scored
-        each.problems((row.prompt_id, row.ground_truth) for row in rows)
-    scores: dict[str, list[Score]] = {way: [] for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+def timed(made: CodeReward, rows: list[RewardRequest]) -> Scorer:
+    """A way of this checkout. A run checks its ground truths once, before anything is scored."""
+    made.problems((row.prompt_id, row.ground_truth) for row in rows)
+
+    def score(batch: list[RewardRequest]) -> tuple[float, list[Score]]:
+        begin = perf_counter()
+        scores = made.score(batch)
+        return perf_counter() - begin, scores
+
+    return score
+
+
+class Earlier:
+    """The reward of another checkout in a process of its own."""
+
+    def __init__(self, checkout: Path, processes: int | None) -> None:
+        found = subprocess.run(
+            ["git", "-C", str(checkout), "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+        )
+        self.commit = found.stdout.strip()
+        command = [sys.executable, str(Path(__file__).with_name("_code_before.py"))]
+        command += [] if processes is None else [str(processes)]
+        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+        self._child = subprocess.Popen(
+            command, cwd=checkout, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._read()
+
+    def __call__(self, batch: list[RewardRequest]) -> tuple[float, list[Score]]:
+        assert self._child.stdin is not None
+        rows = [(row.prompt_id, row.text, row.ground_truth) for row in batch]
+        print(json.dumps(rows), file=self._child.stdin, flush=True)
+        found = self._read()
+        return found["seconds"], [Score(reward, status) for status, reward in found["scores"]]
+
+    def _read(self) -> Any:
+        assert self._child.stdout is not None
+        if not (line := self._child.stdout.readline()):
+            raise SystemExit(f"the reward of {self.commit} ended with {self._child.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait()
+
+
+def measure(rows: list[RewardRequest], size: int, ways: dict[str, Scorer]) -> dict[str, Any]:
+    """Rates of all ways, ratios to the first, and the tables of verdicts."""
+    scores: dict[str, list[Score]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number, start in enumerate(range(0, len(rows), size)):
-        for way in list(WAYS)[:: 1 if number % 2 else -1]:
-            begin = perf_counter()
-            scores[way] += rewards[way].score(rows[start : start + size])
-            seconds[way].append(perf_counter() - begin)
-    forked, apart = (scores[way] for way in WAYS)
-    ratios = [slow / fast for fast, slow in zip(*(seconds[way] for way in WAYS), strict=True)]
-    unequal = [each for each in zip(rows, forked, apart, strict=True) if each[1] != each[2]]
+        for way in list(ways)[:: 1 if number % 2 else -1]:
+            took, found = ways[way](rows[start : start + size])
+            scores[way] += found
+            seconds[way].append(took)
+    first, *others = ways
     return {
         "rows": len(rows),
-        "rounds": len(ratios),
-        "rows_per_second": {way: round(len(rows) / sum(seconds[way]), 2) for way in WAYS},
-        "ratio": round(sum(seconds["a sandbox a program"]) / sum(seconds["forked"]), 2),
-        "ratio_of_rounds": {f.__name__: round(f(ratios), 2) for f in (min, median, max)},
-        "verdicts": {way: table(scores[way]) for way in WAYS},
-        "rows_with_unequal_scores": {
-            row.prompt_id: f"forked: {one}; a sandbox a program: {other}" for row, one, other in unequal
+        "rounds": len(seconds[first]),
+        "rows_per_second": {way: round(len(rows) / sum(seconds[way]), 2) for way in ways},
+        "verdicts": {way: table(scores[way]) for way in ways},
+        f"{first}, against": {
+            way: {
+                "ratio": round(sum(seconds[way]) / sum(seconds[first]), 2),
+                "ratio_of_rounds": spread(seconds[way], seconds[first]),
+                "rows_with_unequal_scores": {
+                    row.prompt_id: f"{first}: {one}; {way}: {other}"
+                    for row, one, other in zip(rows, scores[first], scores[way], strict=True)
+                    if (one.status, one.reward) != (other.status, other.reward)
+                },
+            }
+            for way in others
         },
     }
+
+
+def spread(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """The least, the median and the largest ratio of two ways in one round."""
+    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
+    return {f.__name__: round(f(ratios), 2) for f in (min, median, max)}
 
 
 def table(scores: list[Score]) -> dict[str, int]:
@@ -95,13 +159,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="the first rows only")
     parser.add_argument("--round", type=int, default=244, help="rows that one way scores before the other")
     parser.add_argument("--processes", type=int)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT")
     arguments = parser.parse_args()
     result = about("programs forked, against a sandbox for each", goal={"ratio": 5, "unequal_scores": 0})
     rows = [row for row in solutions(arguments.data / MBPP, "mbpp") if row.prompt_id not in LEFT_OUT]
     rows = rows[: arguments.rows]
+    earlier = None if arguments.before is None else Earlier(arguments.before, arguments.processes)
+    if earlier is not None:
+        result[f"commit {BEFORE}"] = earlier.commit
     for name, part in (("solutions", rows), ("wrong", wrong(rows))):
-        result[name] = measure(part, arguments.round, arguments.processes)
+        ways = {way: timed(reward(forks, arguments.processes), part) for way, forks in WAYS.items()}
+        result[name] = measure(part, arguments.round, ways | ({BEFORE: earlier} if earlier else {}))
         print(name, json.dumps(result[name], indent=1), flush=True)
+    if earlier is not None:
+        earlier.close()
     publish(result, arguments.output, shown="")
 
 
