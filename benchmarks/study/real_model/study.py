@@ -43,7 +43,7 @@ from qrpo_core.config.reading import load_experiment  # noqa: E402
 from qrpo_core.pipeline.workspace import Workspace  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "study"
-_RATES = "training.learning_rate=1.0e-5,3.0e-5"
+_RATES = "training.learning_rate=1.5e-5,5.0e-5"
 
 
 @dataclass(frozen=True)
