@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "study"
+DOCS = STUDY.parents[1] / "docs" / "concepts"
 LAWS = ("continuous", "clipped", "graded", "binary")
 
 
@@ -99,6 +100,19 @@ def test_the_page_is_that_of_the_result_files(tables: ModuleType) -> None:
     prose = re.sub(r"<!-- lab: \w+ -->.*?<!-- end -->", "", page, flags=re.S)
     made = "".join(re.findall(r"<!-- lab: \w+ -->.*?<!-- end -->", page, flags=re.S))
     assert [each for each in re.findall(r"\d\.\d{3}\b", prose) if each not in made] == []
+
+
+def test_the_page_of_decisions_quotes_the_section_that_it_links() -> None:
+    sections = dict.fromkeys([""], (DOCS / "lab.md").read_text(encoding="utf-8"))
+    for title, text in re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", sections[""], re.MULTILINE):
+        sections["#" + title.lower().replace(" ", "-")] = text
+    quoted = []
+    for line in (DOCS / "which.md").read_text(encoding="utf-8").splitlines():
+        section = re.search(r"\(lab\.md(#[\w-]+)\)", line)
+        for figure in re.findall(r"\d\.\d{3} ± \d\.\d{3}", line):
+            quoted.append(figure)
+            assert figure in sections[section[1] if section else ""], line
+    assert len(quoted) > 12
 
 
 def test_the_results_hold_every_cell_at_full_size(tables: ModuleType) -> None:
