@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -62,3 +63,8 @@ def size(count: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} {_UNITS[-1]}"
+
+
+def to_the_second(moment: str) -> str:
+    """An ISO 8601 moment without fractions of a second."""
+    return re.sub(r"\.\d+", "", moment)

@@ -1,13 +1,16 @@
 """The expected time, place and store size of what a plan lists as missing.
 
 A time comes from the best source there is: this recipe's blocks in the store; like stages of the plan; other
-recipes of the store with the same settings; a probe (`qrpo plan --probe`); a known device. Each source has a
-factor by which the time may be off on either side. They are conventions: 1.5 for a probe is what
-`benchmarks/plan_times.py` holds it to, and a known device was measured with other rows on another day.
+recipes of the store with the same settings; a probe (`qrpo plan --probe`); a known device. A probe tells the
+time of a prompt from that of a row. A rate of the store does not, so it speaks for stages with about as many
+rows a prompt, and for others where there is no probe. Each source has a factor by which the time may be off
+on either side. They are conventions: 1.5 for a probe is what `benchmarks/plan_times.py` holds it to, and a
+known device was measured with other rows on another day.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,9 +48,13 @@ _BYTES_A_TOKEN = 4
 _ROW_BYTES = {"sample": (38.0, 4.9), "reward": (32.0, 0.0), "log-probs": (31.0, 0.0), "train": (0.0, 0.0)}
 
 
+#: Stages whose rows a prompt differ by no more share a rate of rows.
+_ALIKE = 1.5
+
+
 @dataclass(frozen=True)
 class Speed:
-    """Seconds before the first row and of each row, the mean tokens of a row, and where they are from."""
+    """Seconds before the first row, of each row and of each prompt, a row's mean tokens, and the source."""
 
     startup: float
     row: float
@@ -55,6 +62,11 @@ class Speed:
     factor: float
     tokens: float | None = None
     at_most: bool = False
+    prompt: float = 0.0
+
+    def seconds(self, rows: float, rows_per_prompt: float) -> float:
+        """The time of so many rows, that many of each prompt."""
+        return self.startup + rows * (self.row + self.prompt / rows_per_prompt)
 
 
 @dataclass
@@ -84,7 +96,7 @@ class Estimator:
         if speed is None:
             return replace(stage, store_bytes=size)
         rows = stage.passes if work.kind == "train" else stage.missing
-        seconds = speed.startup + rows * speed.row + self._checks(stage, work)
+        seconds = speed.seconds(rows, stage.rows_per_prompt) + self._checks(stage, work)
         low = seconds / speed.factor / (_SHORTER if speed.at_most else 1.0)
         expected = Expected(seconds, low, seconds * speed.factor, speed.source, work.gpus)
         if work.kind in ("sample", "log-probs") and speed.tokens is not None:
@@ -104,22 +116,32 @@ class Estimator:
         if stage.rate:
             return Speed(0.0, 1 / stage.rate, "this store", STORE_FACTOR, stage.row_tokens)
         return (
-            self._like(stage, work)
+            self._like(stage, work, _ALIKE)
             or self._stored_training(work)
             or self._stored_logprobs(work)
             or self._probed(work)
+            or self._like(stage, work, math.inf)
             or self._known(stage, work)
         )
 
-    def _like(self, stage: StagePlan, work: StageWork) -> Speed | None:
-        """The rate of a stage of the plan that does the same, such as sampling from the policy before."""
+    def _like(self, stage: StagePlan, work: StageWork, most: float) -> Speed | None:
+        """The rate of a stage of the plan that does the same, such as sampling from the policy before.
+
+        most : how far their rows a prompt may be apart, as a factor; the nearest is taken.
+        """
+        found: dict[float, StagePlan] = {}
         for other in self.stages:
-            if other.rate and other is not stage:
-                theirs = work_of(self.workspace.experiment, other.stage)
-                if _same(work, theirs):
-                    source = f"this store ({other.stage})"
-                    return Speed(0.0, 1 / other.rate, source, STORE_FACTOR, other.row_tokens)
-        return None
+            if not other.rate or other is stage:
+                continue
+            if _same(work, work_of(self.workspace.experiment, other.stage)):
+                apart = other.rows_per_prompt / stage.rows_per_prompt if work.kind != "reward" else 1.0
+                found.setdefault(max(apart, 1 / apart), other)
+        if not found or min(found) > most:
+            return None
+        nearest = found[min(found)]
+        assert nearest.rate is not None
+        source = f"this store ({nearest.stage})"
+        return Speed(0.0, 1 / nearest.rate, source, STORE_FACTOR, nearest.row_tokens)
 
     def _stored_training(self, work: StageWork) -> Speed | None:
         """Of the newest training in the store of the same model with the same settings of the trainer."""
@@ -153,7 +175,7 @@ class Estimator:
             return None  # a plan needs no probe
         if found is None:
             return None
-        return Speed(found.startup, found.row, found.source, PROBE_FACTOR, found.tokens)
+        return Speed(found.startup, found.row, found.source, PROBE_FACTOR, found.tokens, prompt=found.prompt)
 
     def _known(self, stage: StagePlan, work: StageWork) -> Speed | None:
         name: str = work.kind
@@ -196,7 +218,7 @@ class Estimator:
             return 0.0
         scoring = work_of(self.workspace.experiment, f"{stage_names.SCORE_POLICY_LOGPROBS}, after")
         found = self._speed(StagePlan("", 0, 1, ""), scoring)
-        return 0.0 if found is None else found.startup + _COMPARED * found.row
+        return 0.0 if found is None else found.seconds(_COMPARED, 1.0)
 
     def _bytes(self, stage: StagePlan, work: StageWork, speed: Speed | None) -> float:
         if stage.row_bytes is not None:

@@ -18,7 +18,7 @@ from qrpo_core.pipeline.sampler_logprobs import rows_to_compare
 from qrpo_core.pipeline.truncated import truncation_in_words
 from qrpo_core.pipeline.workspace import Workspace
 from qrpo_core.store.blocks.manifest import BlockManifest
-from qrpo_core.store.blocks.planning import RowId, RowRange, count_rows
+from qrpo_core.store.blocks.planning import RowId, RowRange, Wanted, count_rows
 from qrpo_core.store.blocks.retryable import Attempts, count_statuses
 from qrpo_core.store.recipe import Recipe
 
@@ -85,12 +85,15 @@ def _training(workspace: Workspace, known: ExperimentSteps) -> Iterator[StagePla
         yield _artifact(
             workspace, round_.label(stage_names.ASSEMBLE_TRAINING_SET), round_.training_set_recipe, again
         )
+        trained = _completions(workspace, round_)
         yield replace(
             _artifact(workspace, round_.label(stage_names.TRAIN_POLICY), round_.train_recipe, again),
-            passes=workspace.experiment.training.epochs * _completions(workspace, round_),
+            passes=workspace.experiment.training.epochs * trained,
+            rows_per_prompt=trained / max(1, round_.rewards.completions.prompts.num_rows),
         )
     rounds = workspace.experiment.rounds
-    rows = known.first.rewards.completions.prompts.num_rows * rounds.samples_per_prompt
+    each = rounds.samples_per_prompt
+    rows = known.first.rewards.completions.prompts.num_rows * each
     for number in range(done + 1, rounds.count + 1):
         for stage, count in (
             (stage_names.SAMPLE_COMPLETIONS, rows),
@@ -101,7 +104,8 @@ def _training(workspace: Workspace, known: ExperimentSteps) -> Iterator[StagePla
             (stage_names.TRAIN_POLICY, 1),
         ):
             passes = workspace.experiment.training.epochs * rows if stage == stage_names.TRAIN_POLICY else 0
-            yield StagePlan(stage_names.in_round(stage, number), 0, count, _UNKNOWN, passes=passes)
+            label = stage_names.in_round(stage, number)
+            yield StagePlan(label, 0, count, _UNKNOWN, passes=passes, rows_per_prompt=each)
 
 
 def _completions(workspace: Workspace, round_: Round) -> int:
@@ -124,19 +128,21 @@ def _after(workspace: Workspace, known: ExperimentSteps) -> list[StagePlan]:
     """The stages that need the trained policy."""
     *_, last = known.planned_rounds()
     if last.number < workspace.experiment.rounds.count or workspace.artifacts.find(last.train_recipe) is None:
-        rows = count_rows(known.before.samples.wanted)
-        stages = [StagePlan(name, 0, rows, _UNKNOWN) for name in _AFTER]
+        wanted = known.before.samples.wanted
+        each = _per_prompt(wanted)
+        stages = [StagePlan(name, 0, count_rows(wanted), _UNKNOWN, rows_per_prompt=each) for name in _AFTER]
         last_stages = [stage_names.EVALUATE_POLICY, stage_names.WRITE_REPORT]
-        for each in known.benchmarks:
-            count = count_rows(each.before.samples.wanted)
+        for tested in known.benchmarks:
+            wanted = tested.before.samples.wanted
+            each = _per_prompt(wanted)
             for name in (stage_names.SAMPLE_BENCHMARK, stage_names.ANNOTATE_BENCHMARK):
-                label = stage_names.of_benchmark(name, each.name, "after")
-                stages.append(StagePlan(label, 0, count, _UNKNOWN))
-            last_stages.insert(-1, stage_names.of_benchmark(stage_names.EVALUATE_BENCHMARK, each.name))
+                label = stage_names.of_benchmark(name, tested.name, "after")
+                stages.append(StagePlan(label, 0, count_rows(wanted), _UNKNOWN, rows_per_prompt=each))
+            last_stages.insert(-1, stage_names.of_benchmark(stage_names.EVALUATE_BENCHMARK, tested.name))
         return stages + [StagePlan(name, 0, 1, _UNKNOWN) for name in last_stages]
     end = known.after(last)
-    tested = [step for each in end.benchmarks for step in each.after]
-    stages = [_rows(workspace, step) for step in (*end.after, *tested, *end.divergence)]
+    of_benchmarks = [step for each in end.benchmarks for step in each.after]
+    stages = [_rows(workspace, step) for step in (*end.after, *of_benchmarks, *end.divergence)]
     steps = [*known.before, *end.after, *(step for each in known.planned_rounds() for step in each.row_steps)]
     again = _retries(workspace, steps)
     stages.append(_artifact(workspace, stage_names.EVALUATE_POLICY, end.evaluate, again))
@@ -174,6 +180,7 @@ def _rows(workspace: Workspace, step: BlockStep) -> StagePlan:
         rate=workspace.blocks.measured(step.recipe),
         row_tokens=_mean(committed, lambda block: block.facts.get("tokens")),
         row_bytes=_mean(committed, lambda block: block.bytes),
+        rows_per_prompt=count / len({each.key for each in left.ranges}) if count else _per_prompt(wanted),
         note=note,
     )
     if not count:
@@ -184,6 +191,10 @@ def _rows(workspace: Workspace, step: BlockStep) -> StagePlan:
         why = changed(workspace.experiment, step.recipe, others, getattr(step, "config", None))
     parts = [why, _with_status("tried again", left.retried), given_up]
     return replace(stage, missing=count, why=", ".join(filter(None, parts)))
+
+
+def _per_prompt(wanted: Wanted) -> float:
+    return count_rows(wanted) / max(1, len(wanted))
 
 
 def _cut(workspace: Workspace, step: BlockStep, committed: Iterable[BlockManifest]) -> str:

@@ -3,6 +3,9 @@
 Some rows of the experiment are drawn, scored and given log-probs, and a few optimiser steps are taken. The
 rows are kept as any others, so nothing is computed twice; the trained steps are thrown away. Every kind of
 work gets a part of a minute, beside loading, which is measured apart.
+
+Rows of one prompt share its tokens, so what a row takes depends on how many its prompt has. Blocks of all
+rows of few prompts and one block of one row of many prompts tell the time of a prompt from that of a row.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import pyarrow as pa
 from qrpo_core.common.progress import Progress
 from qrpo_core.config import RewardConfig
 from qrpo_core.inspection.memory import policy_shape
+from qrpo_core.inspection.plan import plan
 from qrpo_core.inspection.rates import ProbedRate, model_facts, rate_key, write_rate
 from qrpo_core.inspection.stage_work import StageWork, work_of
 from qrpo_core.maintenance.in_use import known_prompts, steps_of
@@ -31,6 +35,7 @@ from qrpo_core.pipeline.policies import Policy
 from qrpo_core.pipeline.row_recipes import LogprobSettings
 from qrpo_core.pipeline.row_steps import BlockStep, LogprobStep, RewardStep, SampleStep
 from qrpo_core.pipeline.workspace import Workspace
+from qrpo_core.store.blocks.planning import Wanted
 
 #: Seconds for rows of one kind; training takes _STEPS steps, however long they are.
 SECONDS: Mapping[str, float] = {"sample": 15.0, "reward": 4.0, "log-probs": 5.0}
@@ -39,16 +44,48 @@ _STEPS = 3
 _FIRST, _TIMED = 8, 32
 #: Most rows of a block, which fill an engine that runs many sequences at once.
 _MOST = 1024
+#: Prompts with one row each that are timed at most, and the fewest that tell something.
+_WIDE, _FEWEST = 128, 16
+#: How many times dearer a row alone of its prompt may be: so much shorter is their block.
+_DEARER = 4.0
 
 
 @dataclass
-class _Timing:
-    """Seconds before the first row and of each row, and how many rows were timed, with their mean tokens."""
+class Timing:
+    """Seconds before the first row, of each row and of each prompt; the rows timed, their mean tokens."""
 
     startup: float
     row: float
     rows: int
     tokens: float | None = None
+    prompt: float = 0.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that was computed: its rows, how many prompts they have, and its seconds."""
+
+    rows: int
+    prompts: int
+    seconds: float
+    tokens: float | None
+
+
+def fitted(first: Block, deep: Block, wide: Block | None) -> Timing:
+    """What blocks say of the time of a row and of a prompt.
+
+    first : in which everything was loaded. deep : the last one with all rows of its prompts.
+    wide : one row of each of its prompts, or None; then the time of a prompt is part of a row's.
+    """
+    row, prompt = deep.seconds / deep.rows, 0.0
+    share = deep.prompts / deep.rows
+    if wide is not None and share < 1:
+        alone = wide.seconds / wide.rows
+        prompt = min(max(0.0, (alone - row) / (1 - share)), row / share)
+        row = max(0.0, row - share * prompt)
+    expected = first.rows * row + first.prompts * prompt
+    startup = max(0.0, first.seconds - expected) if deep is not first else 0.0
+    return Timing(startup, row, deep.rows, deep.tokens, prompt)
 
 
 def probe(workspace: Workspace, progress: Progress) -> None:
@@ -89,36 +126,57 @@ class _Probe:
         drawn = (step for step in self.known.first.row_steps if isinstance(step, SampleStep))
         return next(drawn, self.known.before.samples)
 
-    def _time(self, kind: str, step: BlockStep, drawn: dict[str, list[int]] | None = None) -> _Timing | None:
+    def _time(self, kind: str, step: BlockStep, drawn: dict[str, list[int]] | None = None) -> Timing | None:
         """Compute missing rows of a step for some seconds; None where the store has them all.
 
         drawn : gets the rows that were computed.
         """
-        found: _Timing | None = None
-        first, began, rows = 0.0, time.monotonic(), _FIRST
-        while time.monotonic() - began < SECONDS[kind] + first:
-            plans = self.workspace.blocks.plan(step.recipe, step.wanted, rows)
-            if not plans:
+        several = {key: rows for key, rows in step.wanted.items() if len(rows) > 1}
+        blocks: list[Block] = []
+        began, rows = time.monotonic(), _FIRST
+        while not blocks or time.monotonic() - began < SECONDS[kind] + blocks[0].seconds:
+            block = self._block(step, several or step.wanted, rows, drawn)
+            if block is None:
                 break
-            few = FewRows(
-                step, {each.key: range(each.first, each.first + each.count) for each in plans[0].ranges}
-            )
-            started = time.monotonic()
-            table, facts = few.compute(plans[0], self.progress)
-            seconds = time.monotonic() - started
-            self.workspace.blocks.commit(plans[0], table, step.schema, seconds, **facts)
-            tokens = facts["tokens"] / len(table) if "tokens" in facts else None
-            for key, index in plans[0].row_ids() if drawn is not None else ():
-                assert drawn is not None
-                drawn.setdefault(key, []).append(index)
-            if found is None:
-                found, first = _Timing(0.0, seconds / len(table), len(table), tokens), seconds
-                rows = _TIMED
-            else:
-                found, rows = _Timing(0.0, seconds / len(table), len(table), tokens), min(2 * rows, _MOST)
-        if found is not None and found.rows > _FIRST:
-            found.startup = max(0.0, first - _FIRST * found.row)
+            rows = _TIMED if not blocks else min(2 * rows, _MOST)
+            blocks.append(block)
+        if not blocks:
+            return None
+        alone = (
+            {}
+            if kind == "reward"
+            else self._alone(step, SECONDS[kind] * blocks[-1].rows / blocks[-1].seconds)
+        )
+        wide = self._block(step, alone, _WIDE, drawn) if len(alone) >= _FEWEST else None
+        return fitted(blocks[0], blocks[-1], wide)
+
+    def _alone(self, step: BlockStep, affordable: float) -> Wanted:
+        """One missing row of each of many prompts. affordable : rows that take the time of this kind."""
+        most = min(_WIDE, max(_FEWEST, int(affordable / _DEARER)))
+        found: dict[str, range] = {}
+        for each in self.workspace.blocks.missing(step.recipe, step.wanted).absent:
+            if len(found) < most:
+                found.setdefault(each.key, range(each.first, each.first + 1))
         return found
+
+    def _block(
+        self, step: BlockStep, wanted: Wanted, rows: int, drawn: dict[str, list[int]] | None
+    ) -> Block | None:
+        """Compute and keep the next missing ones of the wanted rows, at most so many; None without any."""
+        plans = self.workspace.blocks.plan(step.recipe, wanted, rows)
+        if not plans:
+            return None
+        wanted = {each.key: range(each.first, each.first + each.count) for each in plans[0].ranges}
+        few = FewRows(step, wanted)
+        started = time.monotonic()
+        table, facts = few.compute(plans[0], self.progress)
+        seconds = time.monotonic() - started
+        self.workspace.blocks.commit(plans[0], table, step.schema, seconds, **facts)
+        if drawn is not None:
+            for key, index in plans[0].row_ids():
+                drawn.setdefault(key, []).append(index)
+        tokens = facts["tokens"] / len(table) if "tokens" in facts else None
+        return Block(len(table), len(wanted), seconds, tokens)
 
     def _reward(self, samples: SampleStep, scorer: RewardConfig, drawn: Mapping[str, list[int]]) -> None:
         step = RewardStep(samples, "probe", None if scorer == self._experiment.reward else scorer, drawn)
@@ -154,7 +212,7 @@ class _Probe:
 
         self.workspace.close()
         experiment = self._experiment
-        items, tokens = self._items(rows)
+        items, tokens = self._items(self._as_trained(rows))
         training = experiment.training.model_copy(
             update={"temperature": experiment.training_temperature, "epochs": 1.0}
         )
@@ -180,7 +238,24 @@ class _Probe:
         row = step[len(step) // 2] / (batch * sides)
         startup = max(0.0, whole - _STEPS * batch * sides * row)
         work = work_of(experiment, stage_names.TRAIN_POLICY)
-        self._keep("train", work, _Timing(startup, row, _STEPS * batch * sides, tokens))
+        self._keep("train", work, Timing(startup, row, _STEPS * batch * sides, tokens))
+
+    def _as_trained(self, rows: pa.Table) -> pa.Table:
+        """As many rows of a prompt as training has, since they share its tokens; else all of them."""
+        per_prompt = max(1, round(self._trained_per_prompt()))
+        places: dict[str, list[int]] = {}
+        for place, prompt in enumerate(rows["prompt_id"].to_pylist()):
+            places.setdefault(prompt, []).append(place)
+        kept = [place for each in places.values() if len(each) >= per_prompt for place in each[:per_prompt]]
+        return rows.take(kept) if kept else rows
+
+    def _trained_per_prompt(self) -> float:
+        """Completions of a prompt that training sees; for pairs, pairs."""
+        sides = 2 if self._experiment.objective.pairwise else 1
+        for stage in plan(self.workspace):
+            if stage.stage == stage_names.TRAIN_POLICY:
+                return stage.rows_per_prompt / sides
+        return 1.0
 
     def _items(self, rows: pa.Table) -> tuple[list[Any], float]:
         """The rows as items of the trainer, with targets of no meaning, and their mean tokens."""
@@ -199,14 +274,20 @@ class _Probe:
             return list(examples), mean
         return [Pair(each, each) for each in examples], mean
 
-    def _keep(self, kind: str, work: StageWork, timing: _Timing | None) -> None:
-        if timing is None or not timing.rows:
+    def _keep(self, kind: str, work: StageWork, found: Timing | None) -> None:
+        if found is None or not found.rows:
             return
         from qrpo_core.models.precision import pick_device
 
         device = pick_device()
         rate = ProbedRate(
-            round(timing.startup, 3), timing.row, timing.rows, _name(device), today(), timing.tokens
+            startup=round(found.startup, 3),
+            row=found.row,
+            rows=found.rows,
+            device=_name(device),
+            created=today(),
+            tokens=found.tokens,
+            prompt=found.prompt,
         )
         source = policies.source_of(self.workspace)
         facts = model_facts(policy_shape(self.workspace), source.identity)

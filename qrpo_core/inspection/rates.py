@@ -35,7 +35,8 @@ class ProbedRate:
     """What a probe measured of one kind of work.
 
     startup : seconds before the first row: loading, and for training saving and comparing as well.
-    row : seconds a row. tokens : mean tokens of a row; None where none are counted. rows : that were timed.
+    row : seconds a row. prompt : seconds that each prompt takes besides, however many of its rows there are.
+    tokens : mean tokens of a row; None where none are counted. rows : that were timed.
     device, created : where and on which day.
     """
 
@@ -45,6 +46,7 @@ class ProbedRate:
     device: str
     created: str
     tokens: float | None = None
+    prompt: float = 0.0
 
     @property
     def source(self) -> str:

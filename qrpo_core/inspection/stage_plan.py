@@ -33,6 +33,8 @@ class StagePlan:
     rate : rows a second of this recipe's blocks in the store; None without a measurement.
     row_tokens, row_bytes : means of this recipe's stored rows; None without.
     passes : completions that a training computes, all epochs together; 0 for other stages.
+    rows_per_prompt : of the missing rows, or of all where none is missing; for training, completions a prompt
+        and epoch.
     expected : its cost; None where nothing is missing or nothing is known.
     store_bytes : what it adds to the store; 0 where that is not known.
     note : a property of the present rows that matters for later stages; may be empty.
@@ -46,6 +48,7 @@ class StagePlan:
     row_tokens: float | None = None
     row_bytes: float | None = None
     passes: float = 0.0
+    rows_per_prompt: float = 1.0
     expected: Expected | None = None
     store_bytes: float = 0.0
     note: str = ""

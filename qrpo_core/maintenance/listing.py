@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qrpo_core.common.formatting import size
+from qrpo_core.common.formatting import size, to_the_second
 from qrpo_core.maintenance.contents import RecipeObjects, list_store, total_bytes
 from qrpo_core.maintenance.in_use import StoredRecipe, stored_recipes, used_recipes
 from qrpo_core.pipeline.workspace import Workspace
@@ -122,7 +122,7 @@ def _row(line: Line) -> tuple[str, ...]:
         line.key,
         *counts,
         size(line.bytes),
-        line.created or "not committed",
+        to_the_second(line.created) or "not committed",
         line.used or "no",
     )
 

@@ -141,7 +141,7 @@ class ArtifactStore:
             "folder": folder,
             "files": entries,
             "facts": facts,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seconds": round(seconds, 3),
             "code": __version__,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_commit_then_find(objects: Objects, tmp_path: Path) -> None:
     assert artifacts.read(made, "a.json") == b"{}"
     assert (artifacts.folder(made, "policy") / "w").read_bytes() == b"weights"
     assert made.facts == {"rows": 3}
+
+
+def test_artifacts_of_one_second_have_an_order(objects: Objects) -> None:
+    """Runs are listed by it, and `qrpo diff` compares them in it."""
+    dates = []
+    for rate in range(4):
+        recipe = Recipe("train", 1, {"lr": rate}, {"data": "d"})
+        dates.append(made(objects, recipe).created)
+        time.sleep(0.002)
+    assert dates == sorted(set(dates))
 
 
 def test_the_loser_of_a_race_gets_the_winners(objects: Objects) -> None:

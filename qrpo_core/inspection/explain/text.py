@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+from qrpo_core.common.formatting import to_the_second
 from qrpo_core.reporting.text_table import table
 
 Row = dict[str, Any]
@@ -170,12 +171,13 @@ def _provenance(section: Row) -> Iterator[str]:
         for block in section["blocks"]:
             facts = ", ".join(f"{name} {number(value)}" for name, value in block["facts"].items())
             place = f"{block['step']}/{block['recipe']}/{block['block']}"
-            rows.append((block["what"], place, block["created"], block["code"], facts))
+            rows.append((block["what"], place, to_the_second(block["created"]), block["code"], facts))
         yield from table(rows)
     yield ""
     head = ("artifact", "recipe", "created", "code")
     made = [
-        (a["step"], a["recipe"], a["created"] or "not yet", a["code"] or "") for a in section["artifacts"]
+        (a["step"], a["recipe"], to_the_second(a["created"] or "not yet"), a["code"] or "")
+        for a in section["artifacts"]
     ]
     yield from table([head, *made])
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from qrpo_core.common.formatting import duration
 from qrpo_core.config.reading import load_experiment
-from qrpo_core.inspection.expected import total, with_expected
+from qrpo_core.inspection.expected import Estimator, total, with_expected
 from qrpo_core.inspection.known_rates import ARTIFACT_SECONDS, KNOWN, LLAMA_1B, LLAMA_8B, SMOLLM_135M, rate_of
 from qrpo_core.inspection.plan import plan
 from qrpo_core.inspection.plan_text import plan_lines
 from qrpo_core.inspection.price import Price
-from qrpo_core.inspection.probe import probe
+from qrpo_core.inspection.probe import Block, fitted, probe
 from qrpo_core.inspection.rates import ProbedRate, read_rate
 from qrpo_core.inspection.stage_plan import Expected, StagePlan
 from qrpo_core.models.source import without_weights
@@ -157,6 +157,51 @@ def test_a_probe_measures_what_the_plan_then_says_and_wastes_no_row(settings: di
     assert after is not None
     assert after.source.startswith("probe of ")
     assert "unknown time" not in "\n".join(plan_lines(list(stages.values()), "store"))
+
+
+TIMES = st.floats(1e-4, 10.0)
+
+
+@given(TIMES, TIMES, st.floats(0, 100), st.integers(2, 64), st.integers(1, 20), st.integers(16, 128))
+def test_a_probe_tells_the_time_of_a_prompt_from_that_of_a_row(
+    row: float, prompt: float, startup: float, each: int, prompts: int, alone: int
+) -> None:
+    def block(rows: int, prompts: int, before: float = 0.0) -> Block:
+        return Block(rows, prompts, before + rows * row + prompts * prompt, None)
+
+    first, deep, wide = block(8, 1, startup), block(each * prompts, prompts), block(alone, alone)
+    found = fitted(first, deep, wide)
+    assert (found.row, found.prompt) == pytest.approx((row, prompt), rel=1e-6, abs=1e-9)
+    assert found.startup == pytest.approx(startup, rel=1e-6, abs=1e-6)
+    whole = fitted(first, deep, None)  # without the block of prompts, a row takes its part of a prompt
+    assert (whole.row, whole.prompt) == pytest.approx((row + prompt / each, 0.0))
+
+
+@given(TIMES, TIMES)
+def test_a_probe_never_finds_negative_times(deep: float, wide: float) -> None:
+    found = fitted(Block(8, 1, 1.0, None), Block(120, 10, deep, None), Block(64, 64, wide, None))
+    assert min(found.row, found.prompt, found.startup) >= 0
+    assert 120 * found.row + 10 * found.prompt == pytest.approx(deep)
+
+
+def test_a_rate_of_the_store_speaks_for_stages_with_as_many_rows_a_prompt(settings: dict[str, Any]) -> None:
+    estimator = Estimator(
+        Workspace(changed(settings)),
+        [
+            StagePlan("sample references", 9, 0, "", rate=1.0, rows_per_prompt=9.0),
+            StagePlan("sample held-out, before", 2, 0, "", rate=0.5, rows_per_prompt=2.0),
+            after := StagePlan("sample held-out, after", 0, 2, "", rows_per_prompt=2.0),
+            many := StagePlan("sample references, round 2", 0, 8, "", rows_per_prompt=8.0),
+        ],
+        None,
+        KNOWN["cpu"],
+        10.0,
+    )
+    found = {each.stage: each.expected for each in estimator.estimated()}
+    for stage, source in ((after, "sample held-out, before"), (many, "sample references")):
+        expected = found[stage.stage]
+        assert expected is not None
+        assert expected.source == f"this store ({source})"
 
 
 def test_the_store_is_asked_before_a_known_device(settings: dict[str, Any]) -> None:
