@@ -16,6 +16,7 @@ from qrpo_core.config import Experiment
 from qrpo_core.pipeline.experiment_steps import reference_steps
 from qrpo_core.pipeline.workspace import Workspace
 from qrpo_core.store.blocks.planning import count_rows
+from tests.browser.artifacts import card, open_artifact
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
@@ -45,14 +46,6 @@ def start(page: Any, budget: int) -> None:
     page.locator(f"a[href*='{answer.value.json()['id']}']").first.click()
     page.wait_for_url(re.compile("/flow-run/"))
     page.mouse.move(0, 0)  # a message under the mouse does not go away
-
-
-def open_artifact(page: Any, key: str) -> None:
-    """From a run's page to its artifact: the card leads to all with this key, the newest first."""
-    page.get_by_role("tab", name="Artifacts").click()
-    page.locator(f"a[href$='/artifacts/key/{key}']").first.click()
-    page.locator("a[href*='/artifacts/artifact/']").first.click()
-    page.get_by_text("Last Updated", exact=True).wait_for()  # of the run that made it
 
 
 def name_of(flow: str, budget: int) -> str:
@@ -104,7 +97,7 @@ def test_align_with_another_budget(service: Any, page: Any, picture: Callable[[s
     page.reload()  # the graph as one finds it later: the whole run
     page.get_by_role("tab", name="Artifacts").click()
     for key in ("plan", "stages", "evaluation", "result"):
-        expect(page.locator(f"a[href$='/artifacts/key/{key}']").first).to_be_visible(timeout=PATIENCE)
+        expect(card(page, key)).to_be_visible(timeout=PATIENCE)
     picture("run-completed")
 
     open_artifact(page, "result")

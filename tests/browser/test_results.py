@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.browser.artifacts import open_artifact
+
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
 #: How long a run, or a page of a loaded machine, may take, in milliseconds.
@@ -40,9 +42,7 @@ def test_from_the_page_of_a_run_to_its_report(
         page.get_by_text(re.compile(r"sample references +(cached, )?\d+ rows (computed|reused)")).first
     ).to_be_visible(timeout=PATIENCE)
 
-    page.get_by_role("tab", name="Artifacts").click()
-    page.locator("a[href$='/artifacts/key/result']").first.click()
-    page.locator("a[href*='/artifacts/artifact/']").first.click()
+    open_artifact(page, "result")
     expect(page.get_by_text(re.compile("^Judge brevity, which training never saw:")).first).to_be_visible(
         timeout=PATIENCE
     )

@@ -23,10 +23,16 @@ def code_reward(found: Result) -> Iterable[str]:
 
 
 def code_forks(found: Result) -> Iterable[str]:
-    ways = ("solutions", "wrong")
-    assert [found[way]["rows_with_unequal_scores"] for way in ways] == [{}, {}]
-    right, wrong = (f"{found[way]['ratio']:.1f} times as many" for way in ways)
-    yield f"{right} right programs a second as a sandbox for each, and {wrong} wrong ones"
+    def times(other: str) -> tuple[str, str]:
+        against = [found[programs]["forked, against"][other] for programs in ("solutions", "wrong")]
+        assert [each["rows_with_unequal_scores"] for each in against] == [{}, {}]
+        right, wrong = (f"{each['ratio']:.1f} times" for each in against)
+        return right, wrong
+
+    right, wrong = times("a sandbox a program")
+    yield f"{right} as many right programs a second as a sandbox for each, and {wrong} as many wrong ones"
+    right, wrong = times("before")
+    yield f"{right} and {wrong} as many as commit {found['commit before'][:7]}"
 
 
 def comparison_cost(found: Result) -> Iterable[str]:

@@ -12,6 +12,7 @@ objectives  seven objectives, each at the best of its settings (three betas and 
             gain on validation prompts; the chosen ones with five other seeds on the test prompts
 references  qrpo with 4, 16 and 64 reference completions a prompt
 ties        experiments/arithmetic.yaml (right or wrong) with ties counted and not counted
+demo        four objectives at their default settings on the demo's pool, which its settings were tried on
 
 `--tiny` takes few prompts and few tokens, to see that the script runs.
 """
@@ -89,6 +90,7 @@ ENTRIES = {
             seeds=5,
         ),
     ),
+    "demo": Entry("demo.yaml", ComparisonConfig(vary=("objective.kind=qrpo,dpo,sft,rebel",), seeds=2)),
 }
 _TINY = (
     "prompts.limit=64",
@@ -100,7 +102,8 @@ _TINY = (
 def prepare(folder: Path) -> None:
     """Put model, prompts, judges and experiments into the folder, and work there."""
     prompts.write(folder)
-    for path in (HERE / "study.yaml", HERE / "judges.py", ROOT / "experiments/arithmetic.yaml"):
+    own = (HERE / name for name in ("study.yaml", "judges.py"))
+    for path in (*own, *(ROOT / "experiments" / name for name in ("arithmetic.yaml", "demo.yaml"))):
         shutil.copy(path, folder)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
