@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+_SCRIPT = Path(sys.argv[0]).resolve()  # before it may change its directory
 
 
 def hardware() -> dict[str, Any]:
@@ -67,7 +68,8 @@ def versions(*packages: str) -> dict[str, str | None]:
 def command_line() -> str:
     """How this script was started; of an absolute path among its arguments, the last part."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    script = str(_SCRIPT.relative_to(ROOT)) if ROOT in _SCRIPT.parents else _SCRIPT.name
+    return " ".join(["python", script, *words])
 
 
 def commit() -> str:

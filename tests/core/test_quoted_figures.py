@@ -51,6 +51,13 @@ def comparison_coverage(found: Result) -> Iterable[str]:
     yield f"bootstrap of prompts and seeds is at {between('bootstrap', 2, 3)} there"
 
 
+def plan_times(found: Result) -> Iterable[str]:
+    names = (f"experiments/{name}.yaml" for name in ("demo", "arithmetic"))
+    demo, sums = (found["experiments"][name]["worst_ratio"] for name in names)
+    assert max(demo, sums) <= found["goals"]["ratio"]
+    yield f"the worst was {demo:.2f} times off for the demo and {sums:.2f} times for"
+
+
 def demo(found: Result) -> Iterable[str]:
     run, again = found["run"], found["again"]
     yield f"{run['processor_seconds'] / 60:.0f} minutes of processor time"
@@ -209,6 +216,7 @@ HOW_TO = "docs/how-to"
         (form_submissions_only_repeated, f"{HOW_TO}/service.md"),
         (h100, f"{HOW_TO}/8b-on-8-gpus.md"),
         (orchestration, f"{HOW_TO}/service.md"),
+        (plan_times, f"{HOW_TO}/what-it-costs.md"),
         (sampler_logprobs, f"{HOW_TO}/engines.md"),
         (scale_out, f"{HOW_TO}/service.md"),
         (store_plan, f"{HOW_TO}/store.md"),
