@@ -121,6 +121,15 @@ def h100(found: Result) -> Iterable[str]:
     yield f"({checkpointing['tokens_per_second']:,.0f} tokens/s in place of {checkpointing['without']:,.0f}"
 
 
+def killed_run(found: Result) -> Iterable[str]:
+    assert found["most_lost_share"] <= found["goals"]["lost_share_of_run_s_at_most"]
+    early, late = (
+        max(run["lost_s"] for run in found["runs"] if run["after_s"] == after) for after in (30, 120)
+    )
+    assert early <= 15
+    yield f"30 s after its first row, a run lost {early:.1f} s of work at most, and after 120 s {late:.1f} s"
+
+
 def orchestration(found: Result) -> Iterable[str]:
     yield f"{found['orchestration_seconds']:.0f} s for {found['blocks']:,} blocks of no work"
     yield f"with the record complete {found['record_complete_after_seconds']} s later"
@@ -215,6 +224,7 @@ HOW_TO = "docs/how-to"
         (form_submissions, f"{HOW_TO}/service.md"),
         (form_submissions_only_repeated, f"{HOW_TO}/service.md"),
         (h100, f"{HOW_TO}/8b-on-8-gpus.md"),
+        (killed_run, "docs/concepts/store.md"),
         (orchestration, f"{HOW_TO}/service.md"),
         (plan_times, f"{HOW_TO}/what-it-costs.md"),
         (sampler_logprobs, f"{HOW_TO}/engines.md"),
