@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from _recorded import recorded
 from _result import ROOT, about, options, publish
 
 sys.path.insert(0, str(ROOT))
@@ -50,15 +51,11 @@ def experiment(store: Path, model: Path | None) -> Experiment:
     return load_experiment(ROOT / "experiments/demo.yaml", overrides)
 
 
-def recorded(workspace: Workspace) -> Counter[str]:
+def seconds_of(workspace: Workspace) -> Counter[str]:
     """Seconds that the store records, by step; those of variants under `own`."""
-    found: Counter[str] = Counter()
-    for manifest in workspace.artifacts.manifests():
-        found["own" if manifest.step in _OWN else manifest.step] += manifest.seconds
-    for recipe in workspace.blocks.all_recipes():
-        for block in workspace.blocks.committed(recipe):
-            found[recipe.step] += block.seconds
-    return found
+    _, seconds = recorded(workspace)
+    own = sum(seconds.pop(step, 0.0) for step in _OWN)
+    return seconds + Counter({"own": own})
 
 
 def compare(wanted: Experiment, objectives: str) -> dict[str, Any]:
@@ -66,11 +63,11 @@ def compare(wanted: Experiment, objectives: str) -> dict[str, Any]:
     from flows.compare import compare as flow
 
     workspace = Workspace(wanted)
-    before = recorded(workspace)
+    before = seconds_of(workspace)
     started = time.perf_counter()
     compared = flow(wanted, ComparisonConfig(vary=(f"objective.kind={objectives}",), seeds=2))
     seconds = time.perf_counter() - started
-    spent = recorded(Workspace(wanted)) - before
+    spent = seconds_of(Workspace(wanted)) - before
     computed: Counter[str] = Counter()
     for stage in compared.stages:
         computed[stage.stage] += stage.computed

@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import prompts  # noqa: E402
+from _recorded import recorded  # noqa: E402
 from _result import ROOT, about, publish, versions  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
@@ -111,16 +112,7 @@ def prepare(folder: Path) -> None:
 
 def spent(experiment: Experiment) -> dict[str, dict[str, float]]:
     """By step: rows or artifacts in the store, and the seconds that their manifests record."""
-    workspace = Workspace(experiment)
-    counts: Counter[str] = Counter()
-    seconds: Counter[str] = Counter()
-    for manifest in workspace.artifacts.manifests():
-        counts[manifest.step] += 1
-        seconds[manifest.step] += manifest.seconds
-    for recipe in workspace.blocks.all_recipes():
-        for block in workspace.blocks.committed(recipe):
-            counts[recipe.step] += block.rows
-            seconds[recipe.step] += block.seconds
+    counts, seconds = recorded(Workspace(experiment))
     return {step: {"count": counts[step], "seconds": round(seconds[step], 1)} for step in sorted(counts)}
 
 
