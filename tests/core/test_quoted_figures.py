@@ -130,6 +130,12 @@ def killed_run(found: Result) -> Iterable[str]:
     yield f"30 s after its first row, a run lost {early:.1f} s of work at most, and after 120 s {late:.1f} s"
 
 
+def killed_run_transformers(found: Result) -> Iterable[str]:
+    (lost,) = (run["lost_s"] for run in found["runs"] if run["after_s"] == 30)
+    assert lost <= 15
+    yield f"on two cores {lost:.1f} s after 30 s"
+
+
 def orchestration(found: Result) -> Iterable[str]:
     yield f"{found['orchestration_seconds']:.0f} s for {found['blocks']:,} blocks of no work"
     yield f"with the record complete {found['record_complete_after_seconds']} s later"
@@ -225,6 +231,7 @@ HOW_TO = "docs/how-to"
         (form_submissions_only_repeated, f"{HOW_TO}/service.md"),
         (h100, f"{HOW_TO}/8b-on-8-gpus.md"),
         (killed_run, "docs/concepts/store.md"),
+        (killed_run_transformers, "docs/concepts/store.md"),
         (orchestration, f"{HOW_TO}/service.md"),
         (plan_times, f"{HOW_TO}/what-it-costs.md"),
         (sampler_logprobs, f"{HOW_TO}/engines.md"),
