@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qrpo_core.common.formatting import duration
 from qrpo_core.config.reading import load_experiment
-from qrpo_core.inspection.expected import Estimator, total, with_expected
+from qrpo_core.inspection.expected import Estimator, Speed, total, with_expected
 from qrpo_core.inspection.known_rates import ARTIFACT_SECONDS, KNOWN, LLAMA_1B, LLAMA_8B, SMOLLM_135M, rate_of
 from qrpo_core.inspection.plan import plan
 from qrpo_core.inspection.plan_text import plan_lines
@@ -175,6 +175,29 @@ def test_a_probe_tells_the_time_of_a_prompt_from_that_of_a_row(
     assert found.startup == pytest.approx(startup, rel=1e-6, abs=1e-6)
     whole = fitted(first, deep, None)  # without the block of prompts, a row takes its part of a prompt
     assert (whole.row, whole.prompt) == pytest.approx((row + prompt / each, 0.0))
+
+
+def test_the_time_of_a_stage_counts_its_prompts() -> None:
+    speed = Speed(startup=5.0, row=0.1, source="", factor=1.5, prompt=2.0)
+    assert speed.seconds(rows=294, rows_per_prompt=2.0) == pytest.approx(5 + 294 * 0.1 + 147 * 2)
+
+
+def test_a_probe_draws_one_row_of_many_prompts(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short its time is: the first rows, then a row of each of 16 prompts, which are not those."""
+    monkeypatch.setattr(
+        "qrpo_core.inspection.probe.SECONDS", dict.fromkeys(("sample", "reward", "log-probs"), 0.0)
+    )
+    words = {"n": [f"item {number}" for number in range(60)]}
+    many = {"kind": "template", "templates": ["Say {n}"], "words": words, "size": 60, "held_out": 0.1}
+    asked = changed(settings | {"prompts": many, "reward": {"kind": "length", "max_words": 1}})
+    workspace = Workspace(asked)
+    probe(workspace, lambda rows: None)
+    (recipe,) = (each for each in workspace.blocks.all_recipes() if each.step == "sample")
+    blocks = [[each.count for each in block.ranges] for block in workspace.blocks.committed(recipe)]
+    assert sorted(map(len, blocks)) == [3, 16]
+    assert sorted(map(sum, blocks)) == [8, 16]
 
 
 @given(TIMES, TIMES)
