@@ -76,7 +76,7 @@ def compare(experiment: FormExperiment, comparison: ComparisonConfig, pool: str 
         check_choice(run.workspace, comparison, variants)
         planned = plan_comparison(run.workspace, variants, comparison)
         check_variants_memory(run.workspace, planned, comparison, pooled=pool is not None)
-        publish_comparison_plan(experiment.name, comparison_plan_lines(planned, comparison))
+        publish_comparison_plan(experiment.name, comparison_plan_lines(run.workspace, planned, comparison))
         trainings = Trainings(run, pool)
         trainings.prepare(variants)
         choices, chosen = [], variants

@@ -75,7 +75,7 @@ def _plan(workspace: Workspace) -> None:
     lines = [
         f"## Plan of {name}",
         " · ".join(facts(workspace.experiment)),
-        "  \n".join(total_lines(stages, Price.of(workspace.experiment))),
+        "  \n".join(total_lines(stages, Price.of(workspace.experiment), workspace.objects.free_bytes())),
         markdown_table(rows),
         plan_line(workspace),
         f"Store: {workspace.objects.url}",

@@ -37,7 +37,7 @@ def compare(experiment: Experiment, config: ComparisonConfig, pool: str | None, 
     check_variants(workspace, variants)
     check_choice(workspace, config, variants)
     planned = plan_comparison(workspace, variants, config)
-    print("\n".join(comparison_plan_lines(planned, config)), flush=True)
+    print("\n".join(comparison_plan_lines(workspace, planned, config)), flush=True)
     check_variants_memory(workspace, planned, config, pooled=pool is not None)
     if plan_only:
         return 0

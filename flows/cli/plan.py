@@ -45,8 +45,9 @@ def plan(experiment: Experiment, options: argparse.Namespace) -> int:
             found = {"stages": [asdict(each) for each in stages], "total": asdict(total(stages))}
             print(json.dumps(found, indent=1))
             return 0
+        objects = workspace.objects
         lines = [
-            *plan_lines(stages, workspace.objects.url, Price.of(experiment)),
+            *plan_lines(stages, objects.url, Price.of(experiment), objects.free_bytes()),
             *references_line(experiment),
         ]
         lines += _absent(workspace)

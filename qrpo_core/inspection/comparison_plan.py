@@ -10,8 +10,10 @@ from typing import Literal
 from qrpo_core.common.errors import ConfigError
 from qrpo_core.common.formatting import duration
 from qrpo_core.config.comparison import ComparisonConfig
-from qrpo_core.inspection.memory import check_memory
+from qrpo_core.inspection.memory import check_memory, policy_shape
+from qrpo_core.inspection.space import policy_bytes, space_line
 from qrpo_core.maintenance.in_use import known_prompts, steps_of
+from qrpo_core.pipeline.comparison import groups
 from qrpo_core.pipeline.evaluation import EvaluationSteps
 from qrpo_core.pipeline.experiment_steps import ExperimentSteps
 from qrpo_core.pipeline.held_out_part import HeldOutPart
@@ -115,8 +117,10 @@ def check_variants_memory(
             check_memory(workspace.beside(experiment), "compare", pooled=pooled, of=each.variant.name)
 
 
-def comparison_plan_lines(planned: Sequence[PlannedVariant], config: ComparisonConfig) -> list[str]:
-    """A table of the variants, and the number of trainings and evaluations to do."""
+def comparison_plan_lines(
+    workspace: Workspace, planned: Sequence[PlannedVariant], config: ComparisonConfig
+) -> list[str]:
+    """A table of the variants, what is to train and to evaluate, and the space that it takes."""
     rows = [("variant", "seeds", "to train", "to evaluate", "cached", "left out of the file's settings")]
     sums: Counter[State] = Counter()
     for each in planned:
@@ -137,4 +141,28 @@ def comparison_plan_lines(planned: Sequence[PlannedVariant], config: ComparisonC
             f"These choose one variant of each {', '.join(config.choose_within)}; {config.seeds} further "
             "trainings and evaluations of each chosen one follow."
         )
+    if added := _policies_bytes(workspace, planned, config):
+        lines.append(space_line(added, workspace.objects.free_bytes()))
     return lines
+
+
+def _policies_bytes(
+    workspace: Workspace, planned: Sequence[PlannedVariant], config: ComparisonConfig
+) -> float:
+    """Bytes of the policies that are still to be trained, which are nearly all that a comparison adds.
+
+    Of each choice the first variant speaks for the chosen one. 0 where the size of the model is not known.
+    """
+    if (shape := policy_shape(workspace)) is None:
+        return 0.0
+
+    def size(each: PlannedVariant) -> float:
+        experiment = each.variant.experiment
+        return experiment.rounds.count * policy_bytes(shape.parameters, experiment.training.save_dtype)
+
+    added = sum(size(each) * list(each.states.values()).count("to train") for each in planned)
+    if config.choose_on == "validation":
+        by_name = {each.variant.name: each for each in planned}
+        for first, *_ in groups(config, [each.variant for each in planned]).values():
+            added += config.seeds * size(by_name[first])
+    return added

@@ -28,6 +28,7 @@ from qrpo_core.inspection.known_rates import (
 )
 from qrpo_core.inspection.memory import policy_shape
 from qrpo_core.inspection.rates import model_facts, rate_key, read_rate, same_training
+from qrpo_core.inspection.space import policy_bytes
 from qrpo_core.inspection.stage_plan import Expected, StagePlan
 from qrpo_core.inspection.stage_work import StageWork, work_of
 from qrpo_core.maintenance.in_use import known_prompts
@@ -226,7 +227,7 @@ class Estimator:
         if self.shape is not None and (work.kind == "train" or stage.stage == stage_names.CONVERT_MODEL):
             training = work.experiment.training
             dtype = training.save_dtype if work.kind == "train" else work.experiment.model.dtype
-            return (4.0 if dtype == "float32" else 2.0) * self.shape.parameters
+            return policy_bytes(self.shape.parameters, dtype)
         row, token = _ROW_BYTES.get(work.kind, (0.0, 0.0))
         tokens = 0.0 if speed is None or speed.tokens is None else speed.tokens
         return stage.missing * (row + token * tokens)

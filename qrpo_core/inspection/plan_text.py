@@ -9,6 +9,7 @@ from qrpo_core.config import Experiment
 from qrpo_core.inspection.expected import total
 from qrpo_core.inspection.memory import StageMemory
 from qrpo_core.inspection.price import Price
+from qrpo_core.inspection.space import space_line
 from qrpo_core.inspection.stage_plan import StagePlan
 from qrpo_core.objective_kinds import make_objective
 from qrpo_core.objective_kinds.targets import QuantileObjective
@@ -18,23 +19,27 @@ from qrpo_core.reporting.text_table import table
 COLUMNS = ("stage", "present", "missing", "tokens", "expected", "why")
 
 
-def plan_lines(stages: Sequence[StagePlan], store: str, price: Price | None = None) -> list[str]:
+def plan_lines(
+    stages: Sequence[StagePlan], store: str, price: Price | None = None, free: int | None = None
+) -> list[str]:
     """A table of the stages: present and missing rows, tokens, expected time and reasons; and the totals.
 
-    price : of a GPU hour; None shows no cost.
+    price : of a GPU hour; None shows no cost. free : bytes that are free in the store; None where unknown.
     """
     lines = [f"Store: {store}", "", *table([COLUMNS, *map(plan_row, stages)])]
-    return [*lines, "", *total_lines(stages, price)]
+    return [*lines, "", *total_lines(stages, price, free)]
 
 
-def total_lines(stages: Sequence[StagePlan], price: Price | None = None) -> list[str]:
+def total_lines(
+    stages: Sequence[StagePlan], price: Price | None = None, free: int | None = None
+) -> list[str]:
     """What there is to compute, the expected time with its sources, GPU hours, cost and store size."""
     left = [each for each in stages if each.missing]
     if not left:
         return ["Nothing to compute."]
     count = sum(each.missing for each in left)
     what = f"To compute: {count:,} rows and artifacts in {len(left)} of {len(stages)} stages."
-    return [f"{what}{_time(left)}", *cost_lines(left, price), *source_lines(left)]
+    return [f"{what}{_time(left)}", *cost_lines(left, price, free), *source_lines(left)]
 
 
 def source_lines(stages: Sequence[StagePlan]) -> list[str]:
@@ -51,7 +56,7 @@ def source_lines(stages: Sequence[StagePlan]) -> list[str]:
     return lines
 
 
-def cost_lines(stages: Sequence[StagePlan], price: Price | None = None) -> list[str]:
+def cost_lines(stages: Sequence[StagePlan], price: Price | None = None, free: int | None = None) -> list[str]:
     """GPU hours with their interval and price, and what is added to the store."""
     found = total(stages)
     hours, low, high = found.gpu_hours
@@ -62,7 +67,7 @@ def cost_lines(stages: Sequence[StagePlan], price: Price | None = None) -> list[
             costs = f", {price.text(hours)} ({price.text(low)} to {price.text(high)})"
         lines.append(f"GPU hours: {_hours(hours)} ({_hours(low)} to {_hours(high)}){costs}.")
     if found.store_bytes:
-        lines.append(f"The store grows by about {size(round(found.store_bytes))}.")
+        lines.append(space_line(found.store_bytes, free))
     return lines
 
 

@@ -53,6 +53,15 @@ class TestObjects:
         assert list(objects.entries("no")) == []
         objects.delete("no/such")
 
+    def test_free_bytes_are_those_of_a_disk_or_none(self, objects: Objects) -> None:
+        objects.write("a/b", b"one")
+        free = objects.free_bytes()
+        if isinstance(objects, LocalObjects):
+            assert free is not None
+            assert 0 < free <= shutil.disk_usage(objects.root).total
+        else:
+            assert free is None
+
     def test_create_succeeds_once_and_keeps_the_first(self, objects: Objects) -> None:
         assert objects.put_if_absent("c", b"first")
         assert not objects.put_if_absent("c", b"second")

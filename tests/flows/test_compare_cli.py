@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qrpo_core.common.formatting import size
+from qrpo_core.config.reading import load_experiment
+from qrpo_core.inspection.memory import policy_shape
+from qrpo_core.pipeline.workspace import Workspace
+from qrpo_core.store.backends.local import LocalObjects
 from tests.flows.small import call, small
 
 
@@ -16,6 +21,13 @@ def file(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> P
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(small(tiny_model, tmp_path / "store")))
     return path
+
+
+def small_policy_bytes(file: Path) -> int:
+    """Bytes of a trained policy of the file's model, in float32."""
+    shape = policy_shape(Workspace(load_experiment(file, [])))
+    assert shape is not None
+    return 4 * shape.parameters
 
 
 def test_variants_that_cannot_be_trained_are_refused_together(
@@ -43,6 +55,34 @@ def test_the_plan_counts_trainings_and_writes_nothing(file: Path, capsys: pytest
     assert capsys.readouterr().out.splitlines()[-1] == "No run. --store PATH names another store."
     assert call("pool", str(file)) == 2
     assert "qrpo run EXPERIMENT --flow precompute draws" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "policies"), [((), 4), (("--seeds", "3"), 6), (("--choose-on", "validation", "--seeds", "3"), 8)]
+)
+def test_the_plan_says_whether_the_disk_has_room_for_the_policies(
+    file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+    policies: int,
+) -> None:
+    """With a choice: one training of each variant, and three of the chosen one of each objective."""
+    varied = ("--set", "training_data.mode=pairs", "--vary", "objective.kind=qrpo,dpo", "--seeds", "2")
+    one = small_policy_bytes(file)
+    for free, said in ((policies * one, "; "), (policies * one - 1, ", but only ")):
+        monkeypatch.setattr(LocalObjects, "free_bytes", lambda _, free=free: free)
+        assert call("compare", str(file), *varied, *more, "--plan") == 0
+        text = capsys.readouterr().out
+        assert f"The store grows by about {size(policies * one)}{said}{size(free)} are free" in text
+
+
+def test_the_plan_of_a_run_names_what_is_free(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalObjects, "free_bytes", lambda _: 10)
+    assert call("plan", str(file)) == 0
+    assert ", but only 10 B are free: the run would stop at a full disk" in capsys.readouterr().out
 
 
 def test_a_variant_that_cannot_fit_is_named_before_anything_is_computed(

@@ -80,6 +80,10 @@ class Objects(Protocol):
         """The object's local path if the back end is a directory, else None."""
         ...
 
+    def free_bytes(self) -> int | None:
+        """Bytes that are free where the objects lie; None where the back end has no bound that it tells."""
+        ...
+
     def check_conditional(self) -> None:
         """Create one small object twice below ``probe/`` and remove it.
 

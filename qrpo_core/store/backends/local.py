@@ -79,6 +79,10 @@ class LocalObjects:
     def local(self, key: str) -> Path | None:
         return self._path(key)
 
+    def free_bytes(self) -> int | None:
+        there = next(each for each in (self.root, *self.root.parents) if each.exists())
+        return shutil.disk_usage(there).free
+
     def check_conditional(self) -> None:
         probe(self)
 

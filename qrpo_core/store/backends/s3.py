@@ -127,6 +127,9 @@ class S3Objects:
     def local(self, key: str) -> Path | None:
         return None
 
+    def free_bytes(self) -> int | None:
+        return None
+
     def check_conditional(self) -> None:
         probe(self)
 
