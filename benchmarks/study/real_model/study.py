@@ -10,7 +10,8 @@ what the store holds of each step with the seconds that it took, those of stoppe
 
 objectives  seven objectives, each at the best of its settings (three betas and two learning rates) by the
             gain on validation prompts; the chosen ones with five other seeds on the test prompts
-references  qrpo with 4, 16 and 64 reference completions a prompt
+references  qrpo as `objectives` chose it, with 4, 16 and 64 reference completions a prompt beside the pool
+            of 6 that is trained on: the same completions, other targets
 ties        experiments/arithmetic.yaml (right or wrong) with ties counted and not counted
 demo        four objectives at their default settings on the demo's pool, which its settings were tried on
 
@@ -50,10 +51,11 @@ _RATES = "training.learning_rate=1.5e-5,5.0e-5"
 
 @dataclass(frozen=True)
 class Entry:
-    """A comparison. experiment : its file in FOLDER. comparison : what varies."""
+    """A comparison. experiment : its file in FOLDER. comparison : what varies. overrides : of the file."""
 
     experiment: str
     comparison: ComparisonConfig
+    overrides: tuple[str, ...] = ()
 
 
 def _variants(*lines: str) -> tuple[str, ...]:
@@ -79,7 +81,9 @@ ENTRIES = {
         ),
     ),
     "references": Entry(
-        "study.yaml", ComparisonConfig(vary=("sampling.references_per_prompt=4,16,64",), seeds=5)
+        "study.yaml",
+        ComparisonConfig(vary=("sampling.references_per_prompt=10,22,70",), seeds=3),
+        ("objective.beta=0.1", "training.learning_rate=5e-5"),
     ),
     "ties": Entry(
         "arithmetic.yaml",
@@ -88,16 +92,12 @@ ENTRIES = {
                 "objective.normaliser=tie_aware",
                 "objective.normaliser=population objective.tie_tolerance=1",
             ),
-            seeds=5,
+            seeds=3,
         ),
     ),
     "demo": Entry("demo.yaml", ComparisonConfig(vary=("objective.kind=qrpo,dpo,sft,rebel",), seeds=2)),
 }
-_TINY = (
-    "prompts.limit=64",
-    "sampling.max_new_tokens=4",
-    "training_data={mode: pairs}",
-)
+_TINY = ("prompts.limit=64", "sampling.max_new_tokens=4")
 
 
 def prepare(folder: Path) -> None:
@@ -167,7 +167,8 @@ def main() -> None:
     prepare(folder)
     with prefect_server(PrefectServer().start()):
         for name in given.entries:
-            run(name, ENTRIES[name], _TINY if given.tiny else (), results)
+            entry = ENTRIES[name]
+            run(name, entry, (*entry.overrides, *(_TINY if given.tiny else ())), results)
 
 
 if __name__ == "__main__":

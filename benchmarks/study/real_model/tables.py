@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
@@ -19,26 +20,32 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 from _result import ROOT  # noqa: E402
 
 from qrpo_core.evaluation.comparison_results import ComparisonResult  # noqa: E402
-from qrpo_core.reporting.comparison_text import choice_rows, comparison_rows, pair_text  # noqa: E402
+from qrpo_core.reporting.comparison_text import comparison_rows, pair_text  # noqa: E402
 
 PAGE = ROOT / "docs" / "concepts" / "which.md"
 RESULTS = ROOT / "benchmarks" / "results" / "study"
 _TABLE = r"(<!-- real model: (\w+) (\w+) -->\n).*?(<!-- end -->)"
 
 
+def read(name: str) -> dict[str, Any]:
+    """A result file, such as that of an entry of study.py."""
+    found: dict[str, Any] = json.loads((RESULTS / f"real_model_{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def result(entry: str) -> ComparisonResult:
     """The comparison of an entry of study.py."""
-    path = RESULTS / f"real_model_{entry}.json"
-    return ComparisonResult.from_dict(json.loads(path.read_text(encoding="utf-8"))["result"])
+    return ComparisonResult.from_dict(read(entry)["result"])
 
 
-def gains(found: ComparisonResult) -> str:
+def gains(entry: str) -> str:
     """Every variant: gains by each scorer, KL and lengths."""
-    return _table(comparison_rows(found))
+    return _table(comparison_rows(result(entry)))
 
 
-def resolved(found: ComparisonResult) -> str:
+def resolved(entry: str) -> str:
     """By scorer the differences that are resolved, the largest first."""
+    found = result(entry)
     rows = [["measured by", "resolved", "of", "differences"]]
     for scored in found.scorers:
         pairs = sorted(
@@ -49,12 +56,19 @@ def resolved(found: ComparisonResult) -> str:
     return _table(rows)
 
 
-def chosen(found: ComparisonResult) -> str:
-    """The setting of each group that did best on the validation prompts, beside the others."""
-    return _table(choice_rows(found))
+def tried(name: str) -> str:
+    """By objective and learning rate, the gain in reward at the KL of each beta, the largest beta first."""
+    cells: dict[tuple[str, float], list[str]] = {}
+    for row in sorted(read(name)["rows"], key=lambda each: -(each["beta"] or 0)):
+        beta = "" if row["kind"] == "sft" else f"beta {row['beta']:g}: "
+        cell = f"{beta}{row['gains']['reward'][0]:+.3f} at {row['kl']:.2f}"
+        cells.setdefault((row["kind"], row["learning_rate"]), []).append(cell)
+    rows = [["objective", "learning rate", "gain in reward at KL, nats"]]
+    rows += [[kind, f"{rate:g}", "; ".join(found)] for (kind, rate), found in sorted(cells.items())]
+    return _table(rows)
 
 
-KINDS: dict[str, Callable[[ComparisonResult], str]] = {"gains": gains, "resolved": resolved, "chosen": chosen}
+KINDS: dict[str, Callable[[str], str]] = {"gains": gains, "resolved": resolved, "tried": tried}
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -67,7 +81,7 @@ def rendered(text: str) -> Iterator[str]:
     end = 0
     for found in re.finditer(_TABLE, text, re.S):
         yield text[end : found.start()]
-        yield f"{found[1]}\n{KINDS[found[3]](result(found[2]))}\n\n{found[4]}"
+        yield f"{found[1]}\n{KINDS[found[3]](found[2])}\n\n{found[4]}"
         end = found.end()
     yield text[end:]
 
