@@ -115,34 +115,6 @@ def test_the_page_of_decisions_quotes_the_section_that_it_links() -> None:
     assert len(quoted) > 12
 
 
-def test_the_page_of_decisions_has_the_table_of_the_language_model() -> None:
-    path = STUDY.parent / "results" / "study" / "real_model_demo.json"
-    result = json.loads(path.read_text(encoding="utf-8"))["result"]
-    reward, sentiment = ({each["variant"]: each["gain"] for each in s["variants"]} for s in result["scorers"])
-    facts = {each["variant"]: each for each in result["variants"]}
-    rows = []
-    for name in reward:
-        gains = ("{value:+.3f} [{low:.3f}, {high:.3f}]".format(**of[name]) for of in (reward, sentiment))
-        kl, tokens = facts[name]["kl"], facts[name]["tokens"]["value"]
-        digits = 1 if kl["high"] - kl["low"] > 1 else 2
-        rows.append(
-            "| " + " | ".join([f"`{name}`", *gains, f"{kl['value']:.{digits}f}", f"{tokens:.1f}"]) + " |"
-        )
-    page = (DOCS / "which.md").read_text(encoding="utf-8")
-    assert "\n".join(rows) in page
-    ahead = [
-        each["first"]
-        for each in result["scorers"][0]["pairs"]
-        if each["resolved"] and each["second"] == "qrpo"
-    ]
-    ahead += [
-        each["second"]
-        for each in result["scorers"][0]["pairs"]
-        if each["resolved"] and each["first"] == "qrpo"
-    ]
-    assert sorted(ahead) == ["dpo", "rebel"]
-
-
 def test_the_results_hold_every_cell_at_full_size(tables: ModuleType) -> None:
     lab = importlib.import_module("lab")
     held = lab.read(lab.RESULTS, lab.size(quick=False))

@@ -20,7 +20,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 from _result import ROOT  # noqa: E402
 
 from qrpo_core.evaluation.comparison_results import ComparisonResult  # noqa: E402
-from qrpo_core.reporting.comparison_text import comparison_rows, pair_text  # noqa: E402
+from qrpo_core.reporting.comparison_text import comparison_rows, ordered  # noqa: E402
 
 PAGES = ROOT / "README.md", ROOT / "docs" / "concepts" / "which.md"
 RESULTS = ROOT / "benchmarks" / "results" / "study"
@@ -38,6 +38,11 @@ def result(entry: str) -> ComparisonResult:
     return ComparisonResult.from_dict(read(entry)["result"])
 
 
+def kind(variant: str) -> str:
+    """The first setting that a variant's name gives."""
+    return variant.split(",")[0]
+
+
 def gains(entry: str) -> str:
     """Every variant: gains by each scorer, KL and lengths."""
     return _table(comparison_rows(result(entry)))
@@ -45,24 +50,25 @@ def gains(entry: str) -> str:
 
 def short(entry: str) -> str:
     """Every variant's objective: gain by the reward and by the first judge, and KL."""
-    rows = [
-        [row[1].split(",")[0], row[3], row[4].split(" (")[0], row[-3]]
-        for row in comparison_rows(result(entry))
-    ]
+    rows = [[kind(row[1]), row[3], row[4].split(" (")[0], row[-3]] for row in comparison_rows(result(entry))]
     rows[0] = ["objective", "gain in the reward", "in a judge that no training saw", "KL, nats"]
     return _table(rows)
 
 
-def resolved(entry: str) -> str:
-    """By scorer the differences that are resolved, the largest first."""
+def differences(entry: str) -> str:
+    """What each variant gained more by the reward than each other one; bold where it is resolved."""
     found = result(entry)
-    rows = [["measured by", "resolved", "of", "differences"]]
-    for scored in found.scorers:
-        pairs = sorted(
-            (each for each in scored.pairs if each.resolved), key=lambda each: -abs(each.difference.value)
-        )
-        shown = "; ".join(map(pair_text, pairs)) or "none"
-        rows.append([scored.scorer, f"{len(pairs)}", f"{len(scored.pairs)}", shown])
+    order = ordered(found)
+    pairs = {each.names: each for each in found.scorers[0].pairs}
+    rows = [["", *(f"over {kind(name)}" for name in order[1:])]]
+    for place, first in enumerate(order[:-1]):
+        cells = [""] * place
+        for second in order[place + 1 :]:
+            forwards = (first, second) in pairs
+            pair = pairs[(first, second) if forwards else (second, first)]
+            value = pair.difference.value if forwards else -pair.difference.value
+            cells.append(f"**{value:+.3f}**" if pair.resolved else f"{value:+.3f}")
+        rows.append([kind(first), *cells])
     return _table(rows)
 
 
@@ -81,7 +87,7 @@ def tried(name: str) -> str:
 KINDS: dict[str, Callable[[str], str]] = {
     "gains": gains,
     "short": short,
-    "resolved": resolved,
+    "differences": differences,
     "tried": tried,
 }
 

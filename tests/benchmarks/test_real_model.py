@@ -1,0 +1,81 @@
+"""The study on a real model: its pages have the tables and the statements of its result files."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from qrpo_core.evaluation.comparison_results import ComparisonResult
+
+STUDY = Path(__file__).parents[2] / "benchmarks" / "study" / "real_model"
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(STUDY.parents[1]))
+    monkeypatch.syspath_prepend(str(STUDY))
+    return importlib.import_module("tables")
+
+
+def ahead_of(tables: ModuleType, result: ComparisonResult, variant: str, scorer: int = 0) -> list[str]:
+    """The objectives that are resolved to be behind this one."""
+    pairs = [each for each in result.scorers[scorer].pairs if each.resolved]
+    return sorted(
+        tables.kind(next(name for name in each.names if name != each.better))
+        for each in pairs
+        if tables.kind(each.better) == variant
+    )
+
+
+def test_the_pages_have_the_tables_of_the_result_files(tables: ModuleType) -> None:
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text == "".join(tables.rendered(text))
+        assert "<!-- real model: " in text
+
+
+def test_the_figures_in_the_sentences_are_those_of_the_tables(tables: ModuleType) -> None:
+    text = tables.PAGES[1].read_text(encoding="utf-8")
+    section = text[text.index("## A language model") : text.index("## What is not resolved")]
+    prose = re.sub(r"<!-- real model: .*?<!-- end -->", "", section, flags=re.S)
+    quoted = re.findall(r"[+-]\d\.\d{3}", prose)
+    assert len(quoted) >= 5
+    made = "".join(re.findall(r"<!-- real model: .*?<!-- end -->", section, flags=re.S))
+    assert [each for each in quoted if each not in made] == []
+
+
+def test_what_is_said_to_be_resolved_is_resolved(tables: ModuleType) -> None:
+    result = tables.result("objectives")
+    assert [each.scorer for each in result.scorers][:2] == ["reward", "judge polarity"]
+    found = {kind: ahead_of(tables, result, kind) for kind in ("tup", "a_star", "qrpo", "rebel", "dpo")}
+    assert found["tup"] == found["a_star"] == ["dpo", "sft", "simpo"]
+    assert found["qrpo"] == ["sft"]
+    assert found["rebel"] == found["dpo"] == ["sft", "simpo"]
+    assert ahead_of(tables, result, "a_star", 1) == ["rebel", "sft", "simpo"]
+    assert sum(each.resolved for each in result.scorers[1].pairs) == 3
+    for scored, rose in ((result.scorers[2], True), (result.scorers[3], False)):
+        assert not any(each.resolved for each in scored.pairs)
+        assert {each.gain.low > 0 for each in scored.variants} == {rose}
+    demo = tables.result("demo")
+    assert ahead_of(tables, demo, "dpo") == ["qrpo", "rebel"]
+    assert ahead_of(tables, demo, "rebel") == ["qrpo"]
+
+
+def test_the_study_cost_one_pool_and_its_own_trainings(tables: ModuleType) -> None:
+    found = tables.read("objectives")
+    computed, seconds = found["this_run"]["computed"], found["this_run"]["seconds"]
+    assert computed["sample references"] == computed["annotate references"] == 2240
+    assert computed["score reference log-probs"] == 280
+    assert computed["train policy"] == found["store"]["train"]["count"] == 73
+    own = sum(step["seconds"] for step in found["store"].values())
+    assert seconds / own <= 1.1
+    page = tables.PAGES[1].read_text(encoding="utf-8")
+    assert f"took {seconds:,} s, {seconds / own:.2f} times" in page
+    assert len(tables.result("objectives").seeds) == 5
+    assert tables.result("objectives").prompts == 303
+    assert {row["prompts"] for row in tables.read("tried")["rows"]} == {97}
+    assert len(tables.read("tried")["rows"]) == 38
