@@ -65,6 +65,15 @@ def test_what_is_said_to_be_resolved_is_resolved(tables: ModuleType) -> None:
     assert ahead_of(tables, demo, "rebel") == ["qrpo"]
 
 
+def test_the_task_with_ties_gained_nothing(tables: ModuleType) -> None:
+    result = tables.result("ties")
+    (scored,) = result.scorers
+    assert f"{scored.before.value:.0%}" == "17%"
+    assert all(each.gain.low < 0 < each.gain.high for each in scored.variants)
+    assert not any(each.resolved for each in scored.pairs)
+    assert len(result.seeds) == 3
+
+
 def test_the_study_cost_one_pool_and_its_own_trainings(tables: ModuleType) -> None:
     found = tables.read("objectives")
     computed, seconds = found["this_run"]["computed"], found["this_run"]["seconds"]
