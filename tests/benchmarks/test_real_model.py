@@ -31,6 +31,15 @@ def ahead_of(tables: ModuleType, result: ComparisonResult, variant: str, scorer:
     )
 
 
+def ten_over_four(tables: ModuleType, scorer: int) -> str:
+    """The difference of 10 and 4 reference completions with its interval."""
+    (pair,) = tables.result("references").scorers[scorer].pairs
+    value = pair.difference
+    ten_first = pair.first.endswith(" 16")
+    shown = (value.value, value.low, value.high) if ten_first else (-value.value, -value.high, -value.low)
+    return "{:+.3f} [{:.3f}, {:.3f}]".format(*shown)
+
+
 def test_the_pages_have_the_tables_of_the_result_files(tables: ModuleType) -> None:
     for page in tables.PAGES:
         text = page.read_text(encoding="utf-8")
@@ -44,7 +53,8 @@ def test_the_figures_in_the_sentences_are_those_of_the_tables(tables: ModuleType
     prose = re.sub(r"<!-- real model: .*?<!-- end -->", "", section, flags=re.S)
     quoted = re.findall(r"[+-]\d\.\d{3}", prose)
     assert len(quoted) >= 5
-    made = "".join(re.findall(r"<!-- real model: .*?<!-- end -->", section, flags=re.S))
+    made = ten_over_four(tables, 0) + ten_over_four(tables, 1)
+    made += "".join(re.findall(r"<!-- real model: .*?<!-- end -->", section, flags=re.S))
     assert [each for each in quoted if each not in made] == []
 
 
@@ -63,6 +73,15 @@ def test_what_is_said_to_be_resolved_is_resolved(tables: ModuleType) -> None:
     demo = tables.result("demo")
     assert ahead_of(tables, demo, "dpo") == ["qrpo", "rebel"]
     assert ahead_of(tables, demo, "rebel") == ["qrpo"]
+
+
+def test_ten_references_beside_four(tables: ModuleType) -> None:
+    text = tables.PAGES[1].read_text(encoding="utf-8")
+    assert f"{ten_over_four(tables, 0)} in reward, not resolved" in text
+    assert f"{ten_over_four(tables, 1)} by TextBlob's polarity, resolved" in text
+    result = tables.result("references")
+    assert [scored.pairs[0].resolved for scored in result.scorers[:2]] == [False, True]
+    assert result.seeds == (1, 2, 3, 4, 5)
 
 
 def test_the_task_with_ties_gained_nothing(tables: ModuleType) -> None:
