@@ -1,4 +1,4 @@
-"""The study on a real model: its pages have the tables and the statements of its result files."""
+"""The study on a real model: its page has the tables and the statements of its result files."""
 
 from __future__ import annotations
 
@@ -40,15 +40,21 @@ def ten_over_four(tables: ModuleType, scorer: int) -> str:
     return "{:+.3f} [{:.3f}, {:.3f}]".format(*shown)
 
 
-def test_the_pages_have_the_tables_of_the_result_files(tables: ModuleType) -> None:
-    for page in tables.PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert text == "".join(tables.rendered(text))
-        assert "<!-- real model: " in text
+def test_the_page_has_the_tables_of_the_result_files(tables: ModuleType) -> None:
+    text = tables.PAGE.read_text(encoding="utf-8")
+    assert text == "".join(tables.rendered(text))
+    assert text.count("<!-- real model: ") == 6
+
+
+def test_the_readme_has_the_gains_of_every_objective(tables: ModuleType) -> None:
+    scored = tables.result("objectives").scorers[0]
+    shown = [f"`{tables.kind(each.variant)}` {each.gain.value:+.3f}" for each in scored.variants]
+    text = re.sub(r"\s+", " ", (tables.ROOT / "README.md").read_text(encoding="utf-8"))
+    assert ", ".join(shown) + ". Resolved:" in text
 
 
 def test_the_figures_in_the_sentences_are_those_of_the_tables(tables: ModuleType) -> None:
-    text = tables.PAGES[1].read_text(encoding="utf-8")
+    text = tables.PAGE.read_text(encoding="utf-8")
     section = text[text.index("## A language model") : text.index("## What is not resolved")]
     prose = re.sub(r"<!-- real model: .*?<!-- end -->", "", section, flags=re.S)
     quoted = re.findall(r"[+-]\d\.\d{3}", prose)
@@ -76,7 +82,7 @@ def test_what_is_said_to_be_resolved_is_resolved(tables: ModuleType) -> None:
 
 
 def test_ten_references_beside_four(tables: ModuleType) -> None:
-    text = tables.PAGES[1].read_text(encoding="utf-8")
+    text = tables.PAGE.read_text(encoding="utf-8")
     assert f"{ten_over_four(tables, 0)} in reward, not resolved" in text
     assert f"{ten_over_four(tables, 1)} by TextBlob's polarity, resolved" in text
     result = tables.result("references")
@@ -101,7 +107,7 @@ def test_the_study_cost_one_pool_and_its_own_trainings(tables: ModuleType) -> No
     assert computed["train policy"] == found["store"]["train"]["count"] == 73
     own = sum(step["seconds"] for step in found["store"].values())
     assert seconds / own <= 1.1
-    page = tables.PAGES[1].read_text(encoding="utf-8")
+    page = tables.PAGE.read_text(encoding="utf-8")
     assert f"took {seconds:,} s, {seconds / own:.2f} times" in page
     assert len(tables.result("objectives").seeds) == 5
     assert tables.result("objectives").prompts == 303

@@ -116,7 +116,7 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_make_targets_and_scripts_in_the_documents_exist() -> None:

@@ -1,4 +1,4 @@
-"""The tables on a real model in README.md and docs/concepts/which.md, made of study.py's results.
+"""The tables of docs/concepts/which.md on a real model, made of study.py's results.
 
     python benchmarks/study/real_model/tables.py
 
@@ -22,7 +22,7 @@ from _result import ROOT  # noqa: E402
 from qrpo_core.evaluation.comparison_results import ComparisonResult  # noqa: E402
 from qrpo_core.reporting.comparison_text import comparison_rows, ordered  # noqa: E402
 
-PAGES = ROOT / "README.md", ROOT / "docs" / "concepts" / "which.md"
+PAGE = ROOT / "docs" / "concepts" / "which.md"
 RESULTS = ROOT / "benchmarks" / "results" / "study"
 _TABLE = r"(<!-- real model: (\w+) (\w+) -->\n).*?(<!-- end -->)"
 
@@ -46,13 +46,6 @@ def kind(variant: str) -> str:
 def gains(entry: str) -> str:
     """Every variant: gains by each scorer, KL and lengths."""
     return _table(comparison_rows(result(entry)))
-
-
-def short(entry: str) -> str:
-    """Every variant's objective: gain by the reward and by the first judge, and KL."""
-    rows = [[kind(row[1]), row[3], row[4].split(" (")[0], row[-3]] for row in comparison_rows(result(entry))]
-    rows[0] = ["objective", "gain in the reward", "in a judge that no training saw", "KL, nats"]
-    return _table(rows)
 
 
 def differences(entry: str) -> str:
@@ -86,7 +79,6 @@ def tried(name: str) -> str:
 
 KINDS: dict[str, Callable[[str], str]] = {
     "gains": gains,
-    "short": short,
     "differences": differences,
     "tried": tried,
 }
@@ -108,5 +100,4 @@ def rendered(text: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text("".join(rendered(page.read_text(encoding="utf-8"))), encoding="utf-8")
+    PAGE.write_text("".join(rendered(PAGE.read_text(encoding="utf-8"))), encoding="utf-8")
