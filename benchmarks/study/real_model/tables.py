@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[2])]
 
+from _lab_results import table  # noqa: E402
 from _result import ROOT  # noqa: E402
 
 from qrpo_core.evaluation.comparison_results import ComparisonResult  # noqa: E402
@@ -45,7 +46,8 @@ def kind(variant: str) -> str:
 
 def gains(entry: str) -> str:
     """Every variant: gains by each scorer, KL and lengths."""
-    return _table(comparison_rows(result(entry)))
+    head, *rows = comparison_rows(result(entry))
+    return table(head, rows)
 
 
 def differences(entry: str) -> str:
@@ -53,7 +55,7 @@ def differences(entry: str) -> str:
     found = result(entry)
     order = ordered(found)
     pairs = {each.names: each for each in found.scorers[0].pairs}
-    rows = [["", *(f"over {kind(name)}" for name in order[1:])]]
+    rows = []
     for place, first in enumerate(order[:-1]):
         cells = [""] * place
         for second in order[place + 1 :]:
@@ -62,19 +64,18 @@ def differences(entry: str) -> str:
             value = pair.difference.value if forwards else -pair.difference.value
             cells.append(f"**{value:+.3f}**" if pair.resolved else f"{value:+.3f}")
         rows.append([kind(first), *cells])
-    return _table(rows)
+    return table(["", *(f"over {kind(name)}" for name in order[1:])], rows)
 
 
-def tried(name: str) -> str:
+def tried(source: str) -> str:
     """By objective and learning rate, the gain in reward at the KL of each beta, the largest beta first."""
     cells: dict[tuple[str, float], list[str]] = {}
-    for row in sorted(read(name)["rows"], key=lambda each: -(each["beta"] or 0)):
+    for row in sorted(read(source)["rows"], key=lambda each: -(each["beta"] or 0)):
         beta = "" if row["kind"] == "sft" else f"beta {row['beta']:g}: "
         cell = f"{beta}{row['gains']['reward'][0]:+.3f} at {row['kl']:.2f}"
         cells.setdefault((row["kind"], row["learning_rate"]), []).append(cell)
-    rows = [["objective", "learning rate", "gain in reward at KL, nats"]]
-    rows += [[kind, f"{rate:g}", "; ".join(found)] for (kind, rate), found in sorted(cells.items())]
-    return _table(rows)
+    rows = [[name, f"{rate:g}", "; ".join(found)] for (name, rate), found in sorted(cells.items())]
+    return table(["objective", "learning rate", "gain in reward at KL, nats"], rows)
 
 
 KINDS: dict[str, Callable[[str], str]] = {
@@ -82,11 +83,6 @@ KINDS: dict[str, Callable[[str], str]] = {
     "differences": differences,
     "tried": tried,
 }
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *others = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *others])
 
 
 def rendered(text: str) -> Iterator[str]:
