@@ -10,8 +10,8 @@ what the store holds of each step with the seconds that it took, those of stoppe
 
 objectives  seven objectives, each at the best of its settings (three betas and two learning rates) by the
             gain on validation prompts; the chosen ones with five other seeds on the test prompts
-references  qrpo as `objectives` chose it, with 4 and 10 reference completions a prompt beside the pool of 6
-            that is trained on: the same completions, other targets. Its policies with 10 are those of
+references  qrpo as `objectives` chose it, with 4, 10, 16 and 64 reference completions a prompt beside the pool
+            of 6 that is trained on: the same completions, other targets. Its policies with 10 are those of
             `objectives`
 ties        experiments/arithmetic.yaml (right or wrong) with ties counted and not counted
 demo        four objectives at their default settings on the demo's pool, which its settings were tried on
@@ -83,7 +83,7 @@ ENTRIES = {
     ),
     "references": Entry(
         "study.yaml",
-        ComparisonConfig(vary=("sampling.references_per_prompt=10,16",), seeds=5),
+        ComparisonConfig(vary=("sampling.references_per_prompt=10,16,22,70",), seeds=5),
         ("objective.beta=0.1", "training.learning_rate=5e-5", "training.seed=1"),
     ),
     "ties": Entry(
