@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+#: The folder of the cache directory with the checkpoints of trainings that have not ended.
+TRAININGS = "training"
+
 
 def cache_directory() -> Path:
-    """The directory of copies that can be made again: $QRPO_CACHE, else the user's cache directory."""
+    """The directory of copies and checkpoints: $QRPO_CACHE, else the user's cache directory."""
     given = os.environ.get("QRPO_CACHE")
     if given:
         return Path(given)

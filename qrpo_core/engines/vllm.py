@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qrpo_core.common.errors import EngineError
+from qrpo_core.common.local_copies import hold
 from qrpo_core.common.progress import Progress, no_progress
 from qrpo_core.config.engines import VllmConfig
 from qrpo_core.engines.base import Completion, Engine, LogprobRequest, SampleRequest, SamplingParams
@@ -60,11 +61,14 @@ class VllmEngine(Engine):
         require(config)
         self._config = config
         self._groups = gpu_groups(config, visible_gpus())
+        model = llm_arguments(Path(directory), dtype, config, adapters)
         self._settings = {
-            "model": llm_arguments(Path(directory), dtype, config, adapters),
+            "model": model,
             "adapters": None if adapters is None else str(Path(adapters).absolute()),
             "batch_invariant": config.batch_invariant,
         }
+        # A process that ended is started again, and loads it again.
+        self._release = hold(Path(model["model"]), self)
         self._processes: list[VllmProcess | None] = [None] * len(self._groups)
         self._lock = threading.Lock()
         self._closed = False
@@ -152,6 +156,7 @@ class VllmEngine(Engine):
         for process in self._processes:
             if process is not None:
                 process.close()
+        self._release()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from qrpo_core import __version__
+from qrpo_core.common.cache_directory import TRAININGS, cache_directory
 from qrpo_core.common.errors import ConfigError
 from qrpo_core.common.extras import EXTRA_OF, installed
+from qrpo_core.common.formatting import size
+from qrpo_core.common.local_copies import FOLDERS, limit, taken
 from qrpo_core.config.engines import VllmConfig
 from qrpo_core.reporting.text_table import table
 
@@ -122,6 +125,17 @@ def check_vllm() -> Check:
     return Check("vllm", True, str(interpreter(VllmConfig())))
 
 
+def check_cache() -> Check:
+    """What the cache directory takes of the disk."""
+    cache = cache_directory()
+    copies = sum(taken(cache / folder) for folder in FOLDERS)
+    found = (
+        f"{size(copies)} of at most {size(round(limit()))} of copies, "
+        f"{size(taken(cache / TRAININGS))} of trainings that have not ended, in {cache}"
+    )
+    return Check("cache", True, found)
+
+
 #: Every check, in the order in which they are shown.
 CHECKS: tuple[Callable[[], Check], ...] = (
     check_python,
@@ -131,6 +145,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_vllm,
     check_bubblewrap,
     check_sandbox,
+    check_cache,
 )
 
 

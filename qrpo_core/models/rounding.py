@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import StoreError
 from qrpo_core.common.hashing import rounding_seed
+from qrpo_core.common.local_copies import make_room, use
 from qrpo_core.models.source import WEIGHT_FILES, policy_digest, policy_files
 
 if TYPE_CHECKING:
@@ -83,15 +84,17 @@ def engine_directory(directory: Path, dtype: str) -> Path:
     if dtype != "bfloat16" or not _has_wider_weights(directory):
         return directory
     kept = cache_directory() / "rounded" / f"{policy_digest(directory)}-bfloat16-{VERSION}"
-    if not _is_complete(kept, directory):
-        try:
+    try:
+        use(kept)
+        if not _is_complete(kept, directory):
+            make_room(sum(path.stat().st_size for path in policy_files(directory)))
             _make(directory, kept)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"cannot write the bfloat16 copy of a policy that the engine loads: {error}",
-                where=str(kept),
-                remedy="make room there, set QRPO_CACHE to another folder, or set model.dtype: float32",
-            ) from None
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"cannot write the bfloat16 copy of a policy that the engine loads: {error}",
+            where=str(kept),
+            remedy="make room there, set QRPO_CACHE to another folder, or set model.dtype: float32",
+        ) from None
     return kept
 
 

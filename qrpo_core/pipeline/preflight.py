@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qrpo_core.common import local_copies
 from qrpo_core.common.errors import ConfigError, DataError, QRPOError
 from qrpo_core.common.extras import require
 from qrpo_core.common.progress import Progress, no_progress
@@ -51,6 +52,7 @@ def check(workspace: Workspace, progress: Progress = no_progress, *, runs: bool 
 def check_settings(workspace: Workspace, *, runs: bool = True) -> None:
     """The part of `check` that reads no prompt: the budget, the extras and the model's files."""
     _check_budget(workspace.experiment)
+    local_copies.limit()
     if not runs:
         policies.source_of(workspace)
         return

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qrpo_core.common.cache_directory import cache_directory
+from qrpo_core.common.cache_directory import TRAININGS, cache_directory
 from qrpo_core.common.errors import StoreError
 from qrpo_core.config import TrainingConfig, cache_key_fields
 from qrpo_core.pipeline import sampler_logprobs
@@ -117,7 +117,7 @@ def _clear(work: Path) -> None:
 
 def work_directory(train_recipe: Recipe) -> Path:
     """Where a training keeps its checkpoints on this machine, until its policy is committed."""
-    return cache_directory() / "training" / checkpoint_recipe(train_recipe).key
+    return cache_directory() / TRAININGS / checkpoint_recipe(train_recipe).key
 
 
 def is_trained_now(train_recipe: Recipe) -> bool:

@@ -17,6 +17,7 @@ from qrpo_core import __version__
 from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import DamagedError, MissingError, StoreError
 from qrpo_core.common.hashing import canonical_json, digest_bytes, digest_file, digest_json
+from qrpo_core.common.local_copies import hold, make_room
 from qrpo_core.store.backends.interface import Objects
 from qrpo_core.store.manifest import FORMAT, MAKE_AGAIN, Manifest, parse_manifest
 from qrpo_core.store.quarantine import quarantine
@@ -34,6 +35,7 @@ class ArtifactStore:
         self.objects = objects
         self.check_on_read: Verify = verify
         self._verified: set[str] = set()  # local paths of the files that match their digest
+        self._held: set[Path] = set()  # folders in the cache, kept there as long as this store is in use
 
     def find(self, recipe: Recipe) -> Manifest | None:
         """The committed manifest of a recipe, or None."""
@@ -208,8 +210,12 @@ class ArtifactStore:
         key, entry = manifest.path(name), manifest.files[name]
         folder = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
         target = folder / name
+        if folder not in self._held:
+            self._held.add(folder)
+            hold(folder, self)
         if target.is_file() and target.stat().st_size == entry["bytes"]:
             return target
+        make_room(entry["bytes"])
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             part = Path(scratch) / "part"

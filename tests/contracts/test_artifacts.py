@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -124,6 +125,29 @@ def test_a_file_is_compared_once_a_process(
     for _ in range(3):
         artifacts.file(manifest, "a")
     assert len(digested) == 1
+
+
+def test_downloads_make_room_but_not_while_their_store_is_in_use(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison reads many policies from a remote store."""
+    if objects.local("x") is not None:
+        pytest.skip("nothing is downloaded from a local store")
+    monkeypatch.setenv("QRPO_CACHE_GB", "0")
+    monkeypatch.setattr("qrpo_core.common.local_copies._SECONDS", 0)
+    one, two = made(objects), made(objects, OTHER)
+    reader = ArtifactStore(objects)
+    folder = reader.folder(one, "policy")
+    other = ArtifactStore(objects).folder(two, "policy")  # this store is garbage at once
+    assert folder.exists()
+    assert other.exists()
+    del reader
+    gc.collect()
+    third = ArtifactStore(objects)
+    third.folder(made(objects, Recipe("train", 1, {"lr": 3}, {"data": "d"})), "policy")
+    assert not folder.exists()
+    assert not other.exists()
+    assert (third.folder(one, "policy") / "w").read_bytes() == b"weights", "downloaded again"
 
 
 def test_quarantined_it_is_made_again(objects: Objects) -> None:

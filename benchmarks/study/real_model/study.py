@@ -10,9 +10,9 @@ what the store holds of each step with the seconds that it took, those of stoppe
 
 objectives  seven objectives, each at the best of its settings (three betas and two learning rates) by the
             gain on validation prompts; the chosen ones with five other seeds on the test prompts
-references  qrpo as `objectives` chose it, with 4, 10, 16 and 64 reference completions a prompt beside the pool
-            of 6 that is trained on: the same completions, other targets. Its policies with 10 are those of
-            `objectives`
+references  qrpo as `objectives` chose it, with 4, 10, 16 and 64 reference completions a prompt beside the
+            pool of 6 that is trained on: the same completions, other targets. Its policies with 10 are
+            those of `objectives`
 ties        experiments/arithmetic.yaml (right or wrong) with ties counted and not counted
 demo        four objectives at their default settings on the demo's pool, which its settings were tried on
 

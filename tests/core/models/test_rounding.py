@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,24 @@ def test_runs_that_need_the_same_copy_at_once_make_it_once(
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: engine_directory(float32_policy, "bfloat16"), range(4)))
     assert len(set(found)) == len(made) == 1
+
+
+def test_a_new_copy_makes_old_ones_go(
+    float32_policy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison evaluates many policies, and each is copied."""
+    monkeypatch.setenv("QRPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QRPO_CACHE_GB", "0")
+    old = engine_directory(float32_policy, "bfloat16")
+    os.utime(old.with_name(f"{old.name}.used"), (0, 0))
+    for path in old.iterdir():
+        os.utime(path, (0, 0))
+    other = tmp_path / "other"
+    load_model(tiny_model, "float32").float().save_pretrained(other)
+    load_tokenizer(tiny_model).save_pretrained(other)
+    new = engine_directory(other, "bfloat16")
+    assert [path for path in new.parent.iterdir() if path.is_dir()] == [new]
+    assert engine_directory(float32_policy, "bfloat16") == old, "made again"
 
 
 def test_a_cache_that_cannot_hold_the_copy_is_named(
