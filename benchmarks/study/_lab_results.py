@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,17 @@ def difference(values: Floats, digits: int = 3) -> str:
 def table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_tables(page: str, subject: str, made: Callable[..., str]) -> str:
+    """The page with every table made anew, each between `<!-- SUBJECT: WORD ... -->` and `<!-- end -->`.
+
+    made : the table of these words.
+    """
+    places = rf"(<!-- {subject}: ([\w ]+) -->\n).*?(<!-- end -->)"
+    return re.sub(
+        places, lambda found: f"{found[1]}\n{made(*found[2].split())}\n\n{found[3]}", page, flags=re.S
+    )
 
 
 def at_equal_kl(results: Results, cells: list[Cell], levels: Levels, measure: str = "reward") -> Floats:

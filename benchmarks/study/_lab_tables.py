@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from _lab_results import (
     shown_difference,
     shown_mean,
     table,
+    with_tables,
 )
 from _lab_targets import Cell
 from _lab_world import LAWS, Floats, Law
@@ -321,17 +320,12 @@ TABLES = {
 }
 
 
-def rendered(text: str, results: Results) -> Iterator[str]:
-    """The page in parts, every table between `<!-- lab: NAME -->` and `<!-- end -->` made anew."""
-    end = 0
-    for found in re.finditer(r"(<!-- lab: (\w+) -->\n).*?(<!-- end -->)", text, re.S):
-        yield text[end : found.start()]
-        yield f"{found[1]}\n{TABLES[found[2]](results)}\n\n{found[3]}"
-        end = found.end()
-    yield text[end:]
+def rendered(page: str, results: Results) -> str:
+    """The page with every table between `<!-- lab: NAME -->` and `<!-- end -->` made anew."""
+    return with_tables(page, "lab", lambda name: TABLES[name](results))
 
 
 def write_page(folder: Path) -> None:
     """Write the page's tables from the files of a folder."""
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text("".join(rendered(text, Results(folder))), encoding="utf-8")
+    PAGE.write_text(rendered(text, Results(folder)), encoding="utf-8")

@@ -20,6 +20,7 @@ from qrpo_core.pipeline.held_out_part import HeldOutPart
 from qrpo_core.pipeline.variants import Variant
 from qrpo_core.pipeline.workspace import Workspace
 from qrpo_core.reporting.text_table import table
+from qrpo_core.store.manifest import Manifest
 
 #: What the store has of a training: nothing, its policy, or its evaluation too.
 State = Literal["to train", "to evaluate", "cached"]
@@ -33,11 +34,16 @@ _SAME_MEMORY = {
 
 @dataclass(frozen=True)
 class PlannedVariant:
-    """A variant and the state of its training with each seed. seconds : those of its stored trainings."""
+    """A variant and the state of its training with each seed.
+
+    seconds : those of its stored trainings. later : of the trainings that would follow if it were chosen, how
+    many the store lacks.
+    """
 
     variant: Variant
     states: dict[int, State]
     seconds: tuple[float, ...]
+    later: int
 
 
 def seeds_of(variants: Sequence[Variant], config: ComparisonConfig) -> tuple[range, range]:
@@ -59,10 +65,9 @@ def seeds_of(variants: Sequence[Variant], config: ComparisonConfig) -> tuple[ran
 def finished(steps: ExperimentSteps) -> EvaluationSteps | None:
     """The evaluation of an experiment if the store has it and no row of it is to be tried again."""
     workspace = steps.workspace
-    *_, last = steps.planned_rounds()
-    trained = workspace.artifacts.find(last.train_recipe) is not None
-    if last.number < workspace.experiment.rounds.count or not trained:
+    if _trained(steps) is None:
         return None
+    *_, last = steps.planned_rounds()
     end = steps.after(last)
     if workspace.artifacts.find(end.evaluate) is None:
         return None
@@ -73,7 +78,7 @@ def finished(steps: ExperimentSteps) -> EvaluationSteps | None:
 def plan_comparison(
     workspace: Workspace, variants: Sequence[Variant], config: ComparisonConfig
 ) -> list[PlannedVariant]:
-    """The state of every training. With a choice, the trainings that follow it are not known: `seeds_of`."""
+    """The state of every training. With a choice: of those that it is made by (`seeds_of`)."""
     asked, tables = known_prompts(workspace)
     choosing, comparing = seeds_of(variants, config)
     part = HeldOutPart.of(config, "validation")
@@ -84,15 +89,24 @@ def plan_comparison(
         for seed in choosing or comparing:
             own = workspace.beside(variant.with_seed(seed))
             steps = steps_of(own, asked, tables).on_part(part)
-            *_, last = steps.planned_rounds()
-            made = workspace.artifacts.find(last.train_recipe)
-            if made is None or last.number < variant.experiment.rounds.count:
+            made = _trained(steps)
+            if made is None:
                 states[seed] = "to train"
                 continue
             seconds.append(made.seconds)
             states[seed] = "to evaluate" if finished(steps) is None else "cached"
-        planned.append(PlannedVariant(variant, states, tuple(seconds)))
+        followed = (workspace.beside(variant.with_seed(seed)) for seed in (comparing if choosing else ()))
+        later = sum(_trained(steps_of(own, asked, tables)) is None for own in followed)
+        planned.append(PlannedVariant(variant, states, tuple(seconds), later))
     return planned
+
+
+def _trained(steps: ExperimentSteps) -> Manifest | None:
+    """The last round's policy, if the store has it."""
+    *_, last = steps.planned_rounds()
+    if last.number < steps.workspace.experiment.rounds.count:
+        return None
+    return steps.workspace.artifacts.find(last.train_recipe)
 
 
 def check_variants_memory(
@@ -137,9 +151,11 @@ def comparison_plan_lines(
         total += f" The stored trainings took {duration(sum(seconds) / len(seconds))} each."
     lines = [*table(rows), "", total]
     if config.choose_on == "validation":
+        fewest = sum(min(each.later for each in group) for group in _choices(planned, config))
         lines.append(
             f"These choose one variant of each {', '.join(config.choose_within)}; {config.seeds} further "
-            "trainings and evaluations of each chosen one follow."
+            "trainings and evaluations of each chosen one follow "
+            f"(at least {fewest} of these trainings are still to run)."
         )
     if added := _policies_bytes(workspace, planned, config):
         lines.append(space_line(added, workspace.objects.free_bytes()))
@@ -151,7 +167,7 @@ def _policies_bytes(
 ) -> float:
     """Bytes of the policies that are still to be trained, which are nearly all that a comparison adds.
 
-    Of each choice the first variant speaks for the chosen one. 0 where the size of the model is not known.
+    Of each choice, the variant of which the store has most. 0 where the size of the model is not known.
     """
     if (shape := policy_shape(workspace)) is None:
         return 0.0
@@ -161,8 +177,15 @@ def _policies_bytes(
         return experiment.rounds.count * policy_bytes(shape.parameters, experiment.training.save_dtype)
 
     added = sum(size(each) * list(each.states.values()).count("to train") for each in planned)
-    if config.choose_on == "validation":
-        by_name = {each.variant.name: each for each in planned}
-        for first, *_ in groups(config, [each.variant for each in planned]).values():
-            added += config.seeds * size(by_name[first])
+    for group in _choices(planned, config):
+        added += min(each.later * size(each) for each in group)
     return added
+
+
+def _choices(planned: Sequence[PlannedVariant], config: ComparisonConfig) -> list[list[PlannedVariant]]:
+    """The variants of which one each is chosen; none where nothing is chosen."""
+    if config.choose_on != "validation":
+        return []
+    by_name = {each.variant.name: each for each in planned}
+    found = groups(config, [each.variant for each in planned])
+    return [[by_name[name] for name in names] for names in found.values()]

@@ -11,13 +11,15 @@ import pytest
 
 from flows.service.server import PrefectServer
 from qrpo_core.common.errors import DataError, QRPOError
-from qrpo_core.config import RewardConfig
+from qrpo_core.config import Experiment, RewardConfig
 from qrpo_core.config.comparison import ComparisonConfig
+from qrpo_core.inspection.comparison_plan import comparison_plan_lines, plan_comparison
 from qrpo_core.inspection.runs import run_lines
 from qrpo_core.pipeline import prompts
 from qrpo_core.pipeline.comparison import comparison_lines, result_of
 from qrpo_core.pipeline.held_out_part import HeldOutPart
 from qrpo_core.pipeline.run_ledger import RunLedger
+from qrpo_core.pipeline.variants import expand
 from qrpo_core.pipeline.workspace import Workspace
 from tests.flows.test_compare import experiment, run
 
@@ -66,6 +68,13 @@ def test_a_judge_without_any_score_is_refused_before_the_first_training(
     assert RunLedger(wanted.store).runs == []
 
 
+def plan_of(wanted: Experiment, asked: dict[str, Any]) -> str:
+    """What `qrpo compare --plan` prints."""
+    config, workspace = ComparisonConfig(**asked), Workspace(wanted)
+    planned = plan_comparison(workspace, expand(wanted, config), config)
+    return "\n".join(comparison_plan_lines(workspace, planned, config))
+
+
 def test_settings_are_chosen_on_other_prompts_and_seeds(
     server: PrefectServer, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -105,6 +114,10 @@ def test_settings_are_chosen_on_other_prompts_and_seeds(
     assert set(table["measure"].to_pylist()) == {"reward", "judge brevity", "log_ratio", "tokens", "cut"}
     _, computed = run(wanted, **asked)
     assert sum(computed.values()) == 0
+    assert "at least 0 of these trainings" in (planned := plan_of(wanted, asked))
+    assert "The store grows" not in planned
+    assert "at least 2 of these trainings" in (planned := plan_of(wanted, asked | {"seeds": 2}))
+    assert "The store grows" in planned
 
     lines = run_lines(RunLedger(wanted.store))
     assert sum("  qrpo  " in line for line in lines) == 3  # the objective of a row

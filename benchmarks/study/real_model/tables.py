@@ -8,16 +8,15 @@ writes them anew, each between its two comments. They are those that `qrpo compa
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[2])]
 
-from _lab_results import table  # noqa: E402
+from _lab_results import table, with_tables  # noqa: E402
 from _result import ROOT  # noqa: E402
 
 from qrpo_core.evaluation.comparison_results import ComparisonResult  # noqa: E402
@@ -25,7 +24,6 @@ from qrpo_core.reporting.comparison_text import comparison_rows, ordered  # noqa
 
 PAGE = ROOT / "docs" / "concepts" / "which.md"
 RESULTS = ROOT / "benchmarks" / "results" / "study"
-_TABLE = r"(<!-- real model: (\w+) (\w+) -->\n).*?(<!-- end -->)"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -85,15 +83,10 @@ KINDS: dict[str, Callable[[str], str]] = {
 }
 
 
-def rendered(text: str) -> Iterator[str]:
-    """The page in parts, every table made anew."""
-    end = 0
-    for found in re.finditer(_TABLE, text, re.S):
-        yield text[end : found.start()]
-        yield f"{found[1]}\n{KINDS[found[3]](found[2])}\n\n{found[4]}"
-        end = found.end()
-    yield text[end:]
+def rendered(page: str) -> str:
+    """The page with every table made anew."""
+    return with_tables(page, "real model", lambda entry, kind: KINDS[kind](entry))
 
 
 if __name__ == "__main__":
-    PAGE.write_text("".join(rendered(PAGE.read_text(encoding="utf-8"))), encoding="utf-8")
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
