@@ -13,11 +13,12 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qrpo_core.common.cache_directory import cache_directory
-from qrpo_core.common.errors import ConfigError
+from qrpo_core.common.errors import ConfigError, StoreError
 
 #: The folders of the cache directory whose entries are copies.
 FOLDERS = ("rounded", "artifacts", "inputs")
@@ -54,6 +55,19 @@ def _entry_of(path: Path) -> Path | None:
         if folder in path.parents:
             return folder / path.relative_to(folder).parts[0]
     return None
+
+
+@contextmanager
+def written(entry: Path) -> Iterator[None]:
+    """Raise StoreError where a copy cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write a copy to the cache: {error}",
+            where=str(entry),
+            remedy="make room there, or set QRPO_CACHE to another folder, and run again",
+        ) from error
 
 
 def limit() -> float:

@@ -17,7 +17,7 @@ from qrpo_core import __version__
 from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import DamagedError, MissingError, StoreError
 from qrpo_core.common.hashing import canonical_json, digest_bytes, digest_file, digest_json
-from qrpo_core.common.local_copies import hold, make_room
+from qrpo_core.common.local_copies import hold, make_room, written
 from qrpo_core.store.backends.interface import Objects
 from qrpo_core.store.manifest import FORMAT, MAKE_AGAIN, Manifest, parse_manifest
 from qrpo_core.store.quarantine import quarantine
@@ -210,22 +210,23 @@ class ArtifactStore:
         key, entry = manifest.path(name), manifest.files[name]
         folder = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
         target = folder / name
-        if folder not in self._held:
-            self._held.add(folder)
-            hold(folder, self)
-        if target.is_file() and target.stat().st_size == entry["bytes"]:
-            return target
-        make_room(entry["bytes"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            part = Path(scratch) / "part"
-            try:
-                self.objects.download(key, part)
-            except MissingError:
-                raise _damaged("the file is gone", f"{self.objects.url}/{key}") from None
-            if digest_file(part) != entry["digest"]:
-                raise _damaged("content and digest differ", f"{self.objects.url}/{key}")
-            os.replace(part, target)
+        with written(folder):
+            if folder not in self._held:
+                hold(folder, self)
+                self._held.add(folder)
+            if target.is_file() and target.stat().st_size == entry["bytes"]:
+                return target
+            make_room(entry["bytes"])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                part = Path(scratch) / "part"
+                try:
+                    self.objects.download(key, part)
+                except MissingError:
+                    raise _damaged("the file is gone", f"{self.objects.url}/{key}") from None
+                if digest_file(part) != entry["digest"]:
+                    raise _damaged("content and digest differ", f"{self.objects.url}/{key}")
+                os.replace(part, target)
         self._verified.add(str(target))
         return target
 

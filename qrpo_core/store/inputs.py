@@ -17,7 +17,7 @@ from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import DamagedError, MissingError
 from qrpo_core.common.file_digests import file_digests
 from qrpo_core.common.hashing import digest_json
-from qrpo_core.common.local_copies import hold, make_room
+from qrpo_core.common.local_copies import hold, make_room, written
 from qrpo_core.store.backends.interface import Objects
 
 #: How the address of a stored file begins.
@@ -67,20 +67,21 @@ def fetch(objects: Objects, address: str) -> Path:
 def _downloaded(objects: Objects, folder: str, keys: list[str]) -> Path:
     """The folder's copy in the cache. It appears by a rename after its check: always complete."""
     target = cache_directory() / folder
-    hold(target, objects)
-    if target.is_dir():
-        return target
-    make_room()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        copy = Path(scratch) / "copy"
-        for key in keys:
-            place = copy / key.removeprefix(f"{folder}/")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            objects.download(key, place)
-        _check(objects, folder, keys, copy)
-        with contextlib.suppress(OSError):  # another process was faster
-            copy.rename(target)
+    with written(target):
+        hold(target, objects)
+        if target.is_dir():
+            return target
+        make_room()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            copy = Path(scratch) / "copy"
+            for key in keys:
+                place = copy / key.removeprefix(f"{folder}/")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                objects.download(key, place)
+            _check(objects, folder, keys, copy)
+            with contextlib.suppress(OSError):  # another process was faster
+                copy.rename(target)
     return target
 
 

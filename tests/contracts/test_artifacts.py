@@ -150,6 +150,17 @@ def test_downloads_make_room_but_not_while_their_store_is_in_use(
     assert (third.folder(one, "policy") / "w").read_bytes() == b"weights", "downloaded again"
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    objects: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if objects.local("x") is not None:
+        pytest.skip("nothing is downloaded from a local store")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QRPO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StoreError, match=r"cannot write a copy to the cache: .*QRPO_CACHE"):
+        ArtifactStore(objects).folder(made(objects), "policy")
+
+
 def test_quarantined_it_is_made_again(objects: Objects) -> None:
     artifacts = ArtifactStore(objects)
     manifest = made(objects)
