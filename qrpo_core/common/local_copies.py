@@ -1,60 +1,68 @@
 """The disk that copies in the cache directory take: those used longest ago make room for new ones.
 
 Policies are copied for an engine's precision and from a remote store, so a comparison of many policies makes
-many copies. Each can be made again, but must not go while something reads it: `use` and `hold` keep it.
+many copies. Each can be made again, but must not go while something reads it: `use` and `Hold` keep it.
+
+Beside each entry of a folder of copies lies its mark, the file ``NAME.used``: when it was last asked for, and
+the lock of those that hold it. Only what has a mark is deleted; a folder that is no cache has none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
 
 from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import ConfigError, StoreError
 
 #: The folders of the cache directory whose entries are copies.
 FOLDERS = ("rounded", "artifacts", "inputs")
+#: How the name of a copy in the making ends, after that of its entry.
+PART = ".part"
 
+_GONE = ".gone"
 _VARIABLE = "QRPO_CACHE_GB"
 _DEFAULT_GB = 20.0
 #: An entry that was asked for within this time may be read by someone who does not hold it.
 _SECONDS = 3600.0
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Hold:
+    """Keeps the copy that a path lies in, made or still to be made, until `close` or until this is garbage.
+
+    For a path outside `FOLDERS` it does nothing, nor in a cache that this user cannot write to, which only
+    others can delete from.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = None if (entry := _entry_of(path)) is None else _marked(entry)
+        #: Let the copy go.
+        self.close = weakref.finalize(self, _release, file)
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def use(path: Path) -> None:
-    """Mark the copy that a path lies in as used now, also before it is made. It then stays for an hour."""
-    if (entry := _entry_of(path)) is not None:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        _lock(entry).touch()
-
-
-def hold(path: Path, owner: object) -> Callable[[], object]:
-    """Keep the copy that a path lies in until `owner` is garbage, or what is returned is called.
-
-    A path outside `FOLDERS` is never deleted, and holding it does nothing.
-    """
-    if (entry := _entry_of(path)) is None:
-        return lambda: None
-    use(entry)
-    file = _lock(entry).open("ab")
-    fcntl.flock(file, fcntl.LOCK_SH)  # released when the process ends
-    return weakref.finalize(owner, file.close)
-
-
-def _entry_of(path: Path) -> Path | None:
-    """The entry of a folder of copies that a path is or lies in."""
-    for folder in (cache_directory() / name for name in FOLDERS):
-        if folder in path.parents:
-            return folder / path.relative_to(folder).parts[0]
-    return None
+    """Mark the copy that a path lies in, made or still to be made, as used now: it stays for an hour."""
+    Hold(path).close()
 
 
 @contextmanager
@@ -77,45 +85,28 @@ def limit() -> float:
         gigabytes = float(given) if given else _DEFAULT_GB
     except ValueError:
         gigabytes = math.nan
-    if not gigabytes >= 0:
+    if not 0 <= gigabytes < math.inf:
         raise ConfigError(f"{given!r} is not a number of gigabytes", where=_VARIABLE, remedy="0 or more")
     return gigabytes * 1e9
 
 
-def make_room(needed: int = 0) -> None:
+def make_room(needed: int) -> None:
     """Delete the copies used longest ago until `needed` bytes fit, within the limit and on the disk.
 
     Those that are held, by any process, and those asked for within the last hour stay, even beyond the limit.
     """
-    cache = cache_directory()
-    entries = {path: _size_and_use(path) for folder in FOLDERS for path in _entries(cache / folder)}
-    excess = needed + sum(size for size, _ in entries.values()) - limit()
+    copies = {entry: _size_and_use(entry) for folder in FOLDERS for entry in _entries(folder)}
+    old = [entry for entry, (_, used) in copies.items() if time.time() - used >= _SECONDS]
+    excess = needed + sum(size for size, _ in copies.values()) - limit()
     with contextlib.suppress(FileNotFoundError):  # no copy was ever made
-        excess = max(excess, needed - shutil.disk_usage(cache).free)
-    for path, (size, used) in sorted(entries.items(), key=lambda entry: entry[1][1]):
-        if excess <= 0 or time.time() - used < _SECONDS:
+        lacking = needed - shutil.disk_usage(cache_directory()).free
+        if lacking <= sum(copies[entry][0] for entry in old):  # else it helps nobody
+            excess = max(excess, lacking)
+    for entry in sorted(old, key=lambda entry: copies[entry][1]):
+        if excess <= 0:
             return
-        if _delete(path):
-            excess -= size
-
-
-def _delete(entry: Path) -> bool:
-    """Whether nobody held the entry; it is gone then."""
-    with _lock(entry).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held, or a file system without locks
-            return False
-        gone = entry.with_name(f"{entry.name}.gone")
-        with contextlib.suppress(OSError):  # another process is at it
-            shutil.rmtree(gone, ignore_errors=True)  # of a process that was killed here
-            entry.rename(gone)  # never a copy that lacks files
-            shutil.rmtree(gone, ignore_errors=True)
-    return True
-
-
-def _entries(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        if _delete(entry):
+            excess -= copies[entry][0]
 
 
 def taken(folder: Path) -> int:
@@ -123,15 +114,81 @@ def taken(folder: Path) -> int:
     return _size_and_use(folder)[0]
 
 
+def _entry_of(path: Path) -> Path | None:
+    """The entry of a folder of copies that a path is or lies in."""
+    for folder in (cache_directory() / name for name in FOLDERS):
+        if folder in path.absolute().parents:
+            return folder / path.absolute().relative_to(folder).parts[0]
+    return None
+
+
+def _marked(entry: Path) -> BinaryIO | None:
+    """The entry's mark, of now, locked against deletion; None in a cache of others."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        file = _mark(entry).open("a+b")
+    except OSError as error:
+        if error.errno in _NOT_OURS:
+            return None
+        raise
+    with contextlib.suppress(OSError):  # a file system without locks, where nothing is deleted
+        fcntl.flock(file, fcntl.LOCK_SH)  # waits for a deletion; released when the process ends
+    os.utime(file.fileno())
+    return file
+
+
+def _release(file: BinaryIO | None) -> None:
+    if file is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # a child process may have the file, too
+        file.close()
+
+
+def _delete(entry: Path) -> bool:
+    """Whether the entry is gone: nobody held it, or asked for it meanwhile."""
+    gone = entry.with_name(f"{entry.name}{_GONE}")
+    try:
+        if entry.name.endswith(_GONE):  # of a process that was killed here
+            gone = entry
+        else:
+            with _mark(entry).open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - _size_and_use(entry)[1] < _SECONDS:
+                    return False
+                shutil.rmtree(gone, ignore_errors=True)
+                entry.rename(gone)  # never a copy that lacks files
+    except OSError:  # held, of another user, or on a file system without locks
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    return not gone.exists()
+
+
+def _entries(folder: str) -> list[Path]:
+    """What may be deleted of a folder: the marked entries, and what is left of others."""
+    try:
+        found = list((cache_directory() / folder).iterdir())
+    except OSError:
+        return []
+    return [
+        path
+        for path in found
+        if path.is_dir() and not path.is_symlink() and (_mark(path).exists() or path.name.endswith(_GONE))
+    ]
+
+
 def _size_and_use(entry: Path) -> tuple[int, float]:
     """Bytes of a copy, and when it was last asked for, or written to by who makes it."""
+    # os.walk goes on where a folder vanishes.
+    inside = [Path(folder, name) for folder, _, names in os.walk(entry) for name in names]
     size, used = 0, 0.0
-    for path in (_lock(entry), *entry.rglob("*")):
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+    for path in (entry, _mark(entry), *inside):
+        with contextlib.suppress(OSError):
             found = path.lstat()
-            size, used = size + found.st_size, max(used, found.st_mtime)
+            size += 0 if path == entry else found.st_size
+            used = max(used, found.st_mtime)
     return size, used
 
 
-def _lock(entry: Path) -> Path:
-    return entry.with_name(f"{entry.name}.used")
+def _mark(entry: Path) -> Path:
+    """The mark of a copy, in the making or made: names of entries have no dot."""
+    return entry.with_name(f"{entry.name.split('.')[0]}.used")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qrpo_core.common.errors import EngineError
-from qrpo_core.common.local_copies import hold
+from qrpo_core.common.local_copies import Hold
 from qrpo_core.common.progress import Progress, no_progress
 from qrpo_core.config.engines import VllmConfig
 from qrpo_core.engines.base import Completion, Engine, LogprobRequest, SampleRequest, SamplingParams
@@ -68,7 +68,7 @@ class VllmEngine(Engine):
             "batch_invariant": config.batch_invariant,
         }
         # A process that ended is started again, and loads it again.
-        self._release = hold(Path(model["model"]), self)
+        self._held = [Hold(Path(given)) for given in (model["model"], adapters) if given is not None]
         self._processes: list[VllmProcess | None] = [None] * len(self._groups)
         self._lock = threading.Lock()
         self._closed = False
@@ -156,7 +156,8 @@ class VllmEngine(Engine):
         for process in self._processes:
             if process is not None:
                 process.close()
-        self._release()
+        for held in self._held:
+            held.close()
 
     def _check_open(self) -> None:
         if self._closed:

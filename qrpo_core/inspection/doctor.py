@@ -129,8 +129,12 @@ def check_cache() -> Check:
     """What the cache directory takes of the disk."""
     cache = cache_directory()
     copies = sum(taken(cache / folder) for folder in FOLDERS)
+    try:
+        most = limit()
+    except ConfigError as error:
+        return Check("cache", False, f"{error.where}: {error.message}", error.remedy or "")
     found = (
-        f"{size(copies)} of at most {size(round(limit()))} of copies, "
+        f"{size(copies)} of at most {size(round(most))} of copies, "
         f"{size(taken(cache / TRAININGS))} of trainings that have not ended, in {cache}"
     )
     return Check("cache", True, found)

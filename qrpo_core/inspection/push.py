@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrpo_core.common.errors import QRPOError
+from qrpo_core.common.local_copies import Hold
 from qrpo_core.common.new_directory import new_directory
 from qrpo_core.pipeline import benchmarks, evaluation, policies
 from qrpo_core.pipeline.experiment_steps import stored_steps
@@ -30,9 +31,13 @@ _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 
 @dataclass(frozen=True)
 class Upload:
-    """The files of a shared policy: paths of the store's files, or new content in their place."""
+    """The files of a shared policy: paths of the store's files, or new content in their place.
+
+    held : keeps a copy of the store's files in the cache, as long as it takes to upload them.
+    """
 
     files: Mapping[str, Path | bytes]
+    held: Hold
 
     @property
     def card(self) -> str:
@@ -76,7 +81,7 @@ def prepare(workspace: Workspace, model: str, license: str, base_model: str | No
     files.pop(f"{ADAPTER}/{_CARD}", None)  # PEFT's, with the local path of the base model
     if _ADAPTER_CONFIG in files:
         files[_ADAPTER_CONFIG] = _without_place(folder / _ADAPTER_CONFIG, named)
-    return Upload(files | {_CARD: hub_card(policy).encode()})
+    return Upload(files | {_CARD: hub_card(policy).encode()}, Hold(folder))
 
 
 def write(upload: Upload, out: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import StoreError
 from qrpo_core.common.hashing import rounding_seed
-from qrpo_core.common.local_copies import make_room, use
+from qrpo_core.common.local_copies import PART, make_room, use
 from qrpo_core.models.source import WEIGHT_FILES, policy_digest, policy_files
 
 if TYPE_CHECKING:
@@ -81,13 +81,13 @@ def engine_directory(directory: Path, dtype: str) -> Path:
     """
     from safetensors import SafetensorError
 
+    use(directory)
     if dtype != "bfloat16" or not _has_wider_weights(directory):
         return directory
     kept = cache_directory() / "rounded" / f"{policy_digest(directory)}-bfloat16-{VERSION}"
     try:
         use(kept)
         if not _is_complete(kept, directory):
-            make_room(sum(path.stat().st_size for path in policy_files(directory)))
             _make(directory, kept)
     except (OSError, SafetensorError) as error:
         raise StoreError(
@@ -101,7 +101,7 @@ def engine_directory(directory: Path, dtype: str) -> Path:
 def _make(directory: Path, kept: Path) -> None:
     """Write the copy under another name, then rename it. Removes the remains of a killed run first."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_name(f"{kept.name}.part")
+    part = kept.with_name(f"{kept.name}{PART}")
     with kept.with_name(f"{kept.name}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends
         if _is_complete(kept, directory):
@@ -109,6 +109,7 @@ def _make(directory: Path, kept: Path) -> None:
         for left in (part, kept):
             if left.exists():
                 shutil.rmtree(left)
+        make_room(sum(path.stat().st_size for path in policy_files(directory)) // 2)  # mostly of float32
         try:
             write_bfloat16(directory, part)
             part.rename(kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from qrpo_core.common.hashing import digest_json
 from qrpo_core.models.loading import convert_gguf
-from qrpo_core.models.source import POLICY_FILES, ModelSource, policy_digest, resolve_model
+from qrpo_core.models.source import POLICY_FILES, WEIGHT_FILES, ModelSource, policy_digest, resolve_model
 from qrpo_core.models.special_tokens import special_tokens
 from qrpo_core.models.template_clock import folder_reads_clock
 from qrpo_core.pipeline.workspace import Built, Workspace
@@ -88,15 +88,25 @@ def reference(workspace: Workspace, source: ModelSource) -> Policy | None:
 
 def stored(workspace: Workspace, manifest: Manifest, start: Policy | None = None) -> Policy:
     """The policy of a model or train artifact. start : the policy that training started from."""
-    policy = at(workspace.artifacts.folder(manifest, "policy"))
-    adapted = f"policy/{ADAPTER}/adapter_config.json" in manifest.files
-    return replace(policy, start=start, adapted=adapted, artifact=None if start is None else manifest)
+    digest = digest_of(manifest.files)
+    assert digest is not None
+    # What it says of its tokenizer needs no weights, which are large to download.
+    folder = workspace.artifacts.folder(manifest, "policy", but=WEIGHT_FILES)
+    return Policy(
+        digest,
+        lambda: workspace.artifacts.folder(manifest, "policy"),
+        start=start,
+        adapted=f"policy/{ADAPTER}/adapter_config.json" in manifest.files,
+        reads_clock=folder_reads_clock(folder),
+        special=special_tokens(folder),
+        artifact=None if start is None else manifest,
+    )
 
 
 def digest_of(files: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The digest of the policy among the files of a model or train artifact's manifest; None without one.
 
-    It equals `stored(...).digest`, which downloads the files of a remote store.
+    It equals `policy_digest` of its directory, but downloads nothing.
     """
     names = {name: Path(name).name for name in files if Path(name).parent == Path("policy")}
     digests = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qrpo_core.common.cache_directory import TRAININGS, cache_directory
 from qrpo_core.common.errors import StoreError
+from qrpo_core.common.local_copies import Hold
 from qrpo_core.config import TrainingConfig, cache_key_fields
 from qrpo_core.pipeline import sampler_logprobs
 from qrpo_core.pipeline.policies import Policy, folder_files
@@ -74,17 +75,21 @@ def build(
         data = derive(workspace, training_set)
         sampler_logprobs.refuse_far(data.compared, experiment.parity.reference_limit)
         items = data.items()
-        done = train_policy(
-            items,
-            policy.directory,
-            scratch / "policy",
-            objective=experiment.objective,
-            training=experiment.training.model_copy(update={"temperature": experiment.training_temperature}),
-            work=work_directory(train_recipe),
-            stored=stored,
-            on_step=on_step,
-            run_name=f"{experiment.name}-{experiment.objective.kind}-{train_recipe.key[:8]}",
-        )
+        directory = policy.directory
+        with Hold(directory):  # training reads it at its beginning and at its end
+            done = train_policy(
+                items,
+                directory,
+                scratch / "policy",
+                objective=experiment.objective,
+                training=experiment.training.model_copy(
+                    update={"temperature": experiment.training_temperature}
+                ),
+                work=work_directory(train_recipe),
+                stored=stored,
+                on_step=on_step,
+                run_name=f"{experiment.name}-{experiment.objective.kind}-{train_recipe.key[:8]}",
+            )
         if done.comparison is None:
             raise AssertionError("the process that trains here has written and scored the policy")
         saved = done.comparison.facts

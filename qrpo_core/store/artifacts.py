@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qrpo_core import __version__
 from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import DamagedError, MissingError, StoreError
 from qrpo_core.common.hashing import canonical_json, digest_bytes, digest_file, digest_json
-from qrpo_core.common.local_copies import hold, make_room, written
+from qrpo_core.common.local_copies import make_room, use, written
 from qrpo_core.store.backends.interface import Objects
 from qrpo_core.store.manifest import FORMAT, MAKE_AGAIN, Manifest, parse_manifest
 from qrpo_core.store.quarantine import quarantine
@@ -35,7 +36,6 @@ class ArtifactStore:
         self.objects = objects
         self.check_on_read: Verify = verify
         self._verified: set[str] = set()  # local paths of the files that match their digest
-        self._held: set[Path] = set()  # folders in the cache, kept there as long as this store is in use
 
     def find(self, recipe: Recipe) -> Manifest | None:
         """The committed manifest of a recipe, or None."""
@@ -178,9 +178,16 @@ class ArtifactStore:
             raise _damaged("content and digest differ", f"{self.objects.url}/{key}")
         return data
 
-    def folder(self, manifest: Manifest, name: str) -> Path:
-        """A local directory with the artifact's files below `name`; downloaded and checked once if remote."""
-        inside = [file for file in manifest.files if file.startswith(f"{name}/")]
+    def folder(self, manifest: Manifest, name: str, *, but: Sequence[str] = ()) -> Path:
+        """A local directory with the artifact's files below `name`; downloaded and checked once if remote.
+
+        but : patterns of names of files that are neither downloaded nor checked now.
+        """
+        inside = [
+            file
+            for file in manifest.files
+            if file.startswith(f"{name}/") and not any(fnmatch(file, pattern) for pattern in but)
+        ]
         if not inside:
             raise MissingError(f"artifact {manifest.step}/{manifest.key} has no folder {name!r}")
         files = [self.file(manifest, file) for file in inside]
@@ -211,9 +218,7 @@ class ArtifactStore:
         folder = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
         target = folder / name
         with written(folder):
-            if folder not in self._held:
-                hold(folder, self)
-                self._held.add(folder)
+            use(folder)
             if target.is_file() and target.stat().st_size == entry["bytes"]:
                 return target
             make_room(entry["bytes"])

@@ -17,13 +17,15 @@ from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import DamagedError, MissingError
 from qrpo_core.common.file_digests import file_digests
 from qrpo_core.common.hashing import digest_json
-from qrpo_core.common.local_copies import hold, make_room, written
+from qrpo_core.common.local_copies import PART, Hold, make_room, written
 from qrpo_core.store.backends.interface import Objects
 
 #: How the address of a stored file begins.
 SCHEME = "store:"
 #: The folder of the store.
 FOLDER = "inputs"
+#: Copies of this process's inputs, which a run reads whenever it likes.
+_held: dict[Path, Hold] = {}
 _KEY = re.compile(rf"{FOLDER}/[0-9a-f]{{32}}/.")
 
 
@@ -68,12 +70,13 @@ def _downloaded(objects: Objects, folder: str, keys: list[str]) -> Path:
     """The folder's copy in the cache. It appears by a rename after its check: always complete."""
     target = cache_directory() / folder
     with written(target):
-        hold(target, objects)
+        if target not in _held:
+            _held[target] = Hold(target)
         if target.is_dir():
             return target
-        make_room()
+        make_room(sum(entry.size for entry in objects.entries(f"{folder}/")))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with tempfile.TemporaryDirectory(PART, f"{target.name}.", target.parent) as scratch:
             copy = Path(scratch) / "copy"
             for key in keys:
                 place = copy / key.removeprefix(f"{folder}/")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qrpo_core.common.errors import DamagedError, MissingError, StoreError
+from qrpo_core.common.local_copies import Hold
 from qrpo_core.store.artifacts import ArtifactStore
 from qrpo_core.store.backends.interface import Objects
 from qrpo_core.store.blocks.block_store import BlockStore
@@ -127,7 +127,7 @@ def test_a_file_is_compared_once_a_process(
     assert len(digested) == 1
 
 
-def test_downloads_make_room_but_not_while_their_store_is_in_use(
+def test_downloads_make_room_for_each_other_and_come_again(
     objects: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A comparison reads many policies from a remote store."""
@@ -138,16 +138,23 @@ def test_downloads_make_room_but_not_while_their_store_is_in_use(
     one, two = made(objects), made(objects, OTHER)
     reader = ArtifactStore(objects)
     folder = reader.folder(one, "policy")
-    other = ArtifactStore(objects).folder(two, "policy")  # this store is garbage at once
-    assert folder.exists()
-    assert other.exists()
-    del reader
-    gc.collect()
-    third = ArtifactStore(objects)
-    third.folder(made(objects, Recipe("train", 1, {"lr": 3}, {"data": "d"})), "policy")
+    with Hold(folder):
+        other = reader.folder(two, "policy")
+        assert folder.exists()
+    reader.folder(made(objects, Recipe("train", 1, {"lr": 3}, {"data": "d"})), "policy")
     assert not folder.exists()
     assert not other.exists()
-    assert (third.folder(one, "policy") / "w").read_bytes() == b"weights", "downloaded again"
+    assert (reader.folder(one, "policy") / "w").read_bytes() == b"weights", "downloaded again"
+
+
+def test_of_a_folder_some_files_can_be_left_for_later(objects: Objects) -> None:
+    artifacts = ArtifactStore(objects)
+    policy = artifacts.commit(RECIPE, {"policy/w.safetensors": b"large", "policy/a/b.json": b"{}"}, {}, 1.5)
+    objects.write(policy.path("policy/w.safetensors"), b"small")
+    folder = artifacts.folder(policy, "policy", but=["*.safetensors"])
+    assert (folder / "a" / "b.json").read_bytes() == b"{}"
+    with pytest.raises(DamagedError):
+        artifacts.folder(policy, "policy")
 
 
 def test_a_cache_that_cannot_be_written_is_named(

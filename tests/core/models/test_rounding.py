@@ -166,8 +166,7 @@ def test_a_new_copy_makes_old_ones_go(
     monkeypatch.setenv("QRPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("QRPO_CACHE_GB", "0")
     old = engine_directory(float32_policy, "bfloat16")
-    os.utime(old.with_name(f"{old.name}.used"), (0, 0))
-    for path in old.iterdir():
+    for path in (*old.iterdir(), old, old.with_name(f"{old.name}.used")):
         os.utime(path, (0, 0))
     other = tmp_path / "other"
     load_model(tiny_model, "float32").float().save_pretrained(other)
