@@ -17,6 +17,8 @@ from qrpo_core.config import Experiment, StoreConfig
 from qrpo_core.config.reading import parse_experiment
 from qrpo_core.inspection.plan import plan
 from qrpo_core.inspection.result import report_path, result_lines, results
+from qrpo_core.models.source import policy_digest
+from qrpo_core.pipeline import policies
 from qrpo_core.pipeline.experiment_steps import stored_steps
 from qrpo_core.pipeline.workspace import Workspace
 
@@ -165,7 +167,11 @@ def test_the_real_engine_and_one_flow_at_a_time(
 
 
 def test_the_store_on_s3_gives_the_same_rows(
-    server: PrefectServer, tiny_model: Path, tmp_path: Path, s3_store: StoreConfig
+    server: PrefectServer,
+    tiny_model: Path,
+    tmp_path: Path,
+    s3_store: StoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here = experiment(tiny_model, tmp_path / "store")
     there = here.model_copy(update={"store": s3_store})
@@ -182,3 +188,9 @@ def test_the_store_on_s3_gives_the_same_rows(
     assert all(one.equals(two) for one, two in zip(*tables, strict=True))
     assert "Difference, paired" in "\n".join(result_lines(Workspace(there)))
     assert report_path(Workspace(there)).is_file()
+    monkeypatch.setenv("QRPO_CACHE", str(tmp_path / "cache"))
+    assert all(stage.missing == 0 for stage in plan(Workspace(there)))
+    assert not list((tmp_path / "cache").rglob("*.safetensors")), "a plan downloads no weights"
+    steps = stored_steps(Workspace(there))
+    policy = policies.stored(steps.workspace, steps.workspace.artifacts.get(steps.last().train_recipe))
+    assert policy.digest == policy_digest(policy.directory)

@@ -24,6 +24,7 @@ from qrpo_core.maintenance.gc import Found, delete, garbage_lines, left_lines
 from qrpo_core.maintenance.in_use import known_steps, stored_recipes, used_recipes
 from qrpo_core.maintenance.listing import listing
 from qrpo_core.maintenance.verify import verify
+from qrpo_core.models.source import policy_digest
 from qrpo_core.pipeline import budgets, policies, prompts
 from qrpo_core.pipeline.experiment_steps import reference_steps
 from qrpo_core.pipeline.workspace import Workspace
@@ -241,7 +242,8 @@ def test_policies_are_named_from_their_manifests(
     list(stages(experiment))
     steps = known_steps(Workspace(experiment))
     made = steps.workspace.artifacts.get(steps.first.train_recipe)
-    assert policies.digest_of(made.files) == policies.stored(steps.workspace, made).digest
+    stored = policies.stored(steps.workspace, made)
+    assert policies.digest_of(made.files) == stored.digest == policy_digest(stored.directory)
     assert policies.digest_of(steps.workspace.artifacts.get(steps.first.quantiles_recipe).files) is None
 
 
