@@ -13,5 +13,5 @@ def cache_directory() -> Path:
     """The directory of copies and checkpoints: $QRPO_CACHE, else the user's cache directory."""
     given = os.environ.get("QRPO_CACHE")
     if given:
-        return Path(given).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrpo"
+        return Path(os.path.expanduser(given)).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "qrpo"

@@ -4,7 +4,8 @@ Policies are copied for an engine's precision and from a remote store, so a comp
 many copies. Each can be made again, but must not go while something reads it: `use` and `Hold` keep it.
 
 Beside each entry of a folder of copies lies its mark, the file ``NAME.used``: when it was last asked for, and
-the lock of those that hold it. Only what has a mark is deleted; a folder that is no cache has none.
+the lock of those that hold it. Who makes a copy makes its mark first (`mark`). Only what has one is deleted:
+a store that lies where the cache does, with folders of the same names, loses nothing.
 """
 
 from __future__ import annotations
@@ -40,14 +41,13 @@ _NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Hold:
-    """Keeps the copy that a path lies in, made or still to be made, until `close` or until this is garbage.
+    """Keeps the marked copy that a path lies in until `close`, or until this is garbage.
 
-    For a path outside `FOLDERS` it does nothing, nor in a cache that this user cannot write to, which only
-    others can delete from.
+    It does nothing for any other path.
     """
 
     def __init__(self, path: Path) -> None:
-        file = None if (entry := _entry_of(path)) is None else _marked(entry)
+        file = None if (entry := _entry_of(path)) is None else _held(entry)
         #: Let the copy go.
         self.close = weakref.finalize(self, _release, file)
 
@@ -60,8 +60,25 @@ class Hold:
         self.close()
 
 
+def mark(entry: Path) -> None:
+    """Say that a copy will be made in a folder of `FOLDERS`, or was: it is used now, and stays for an hour.
+
+    In a cache that this user cannot write to it does nothing.
+    """
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        _mark(entry).open("ab").close()
+    except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
+    use(entry)
+
+
 def use(path: Path) -> None:
-    """Mark the copy that a path lies in, made or still to be made, as used now: it stays for an hour."""
+    """Note that the marked copy that a path lies in is used now: it stays for an hour.
+
+    That of another user stays only while it is held.
+    """
     Hold(path).close()
 
 
@@ -95,6 +112,9 @@ def make_room(needed: int) -> None:
 
     Those that are held, by any process, and those asked for within the last hour stay, even beyond the limit.
     """
+    for folder in FOLDERS:
+        for entry in _entries(folder, _GONE):  # of a process that was killed while deleting
+            shutil.rmtree(entry, ignore_errors=True)
     copies = {entry: _size_and_use(entry) for folder in FOLDERS for entry in _entries(folder)}
     old = [entry for entry, (_, used) in copies.items() if time.time() - used >= _SECONDS]
     excess = needed + sum(size for size, _ in copies.values()) - limit()
@@ -115,25 +135,30 @@ def taken(folder: Path) -> int:
 
 
 def _entry_of(path: Path) -> Path | None:
-    """The entry of a folder of copies that a path is or lies in."""
+    """The entry of a folder of copies that a path is or lies in, links followed."""
+    real = path.resolve()
     for folder in (cache_directory() / name for name in FOLDERS):
-        if folder in path.absolute().parents:
-            return folder / path.absolute().relative_to(folder).parts[0]
+        if (place := folder.resolve()) in real.parents:
+            return folder / real.relative_to(place).parts[0]
     return None
 
 
-def _marked(entry: Path) -> BinaryIO | None:
-    """The entry's mark, of now, locked against deletion; None in a cache of others."""
+def _held(entry: Path) -> BinaryIO | None:
+    """The entry's mark, of now, locked against deletion; None where there is none."""
+    file: BinaryIO
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        file = _mark(entry).open("a+b")
-    except OSError as error:
-        if error.errno in _NOT_OURS:
-            return None
-        raise
+        try:
+            file = _mark(entry).open("r+b")
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
+            file = _mark(entry).open("rb")  # of another user
+    except (FileNotFoundError, PermissionError):
+        return None
     with contextlib.suppress(OSError):  # a file system without locks, where nothing is deleted
         fcntl.flock(file, fcntl.LOCK_SH)  # waits for a deletion; released when the process ends
-    os.utime(file.fileno())
+    with contextlib.suppress(OSError):
+        os.utime(file.fileno())
     return file
 
 
@@ -146,15 +171,13 @@ def _release(file: BinaryIO | None) -> None:
 
 def _delete(entry: Path) -> bool:
     """Whether the entry is gone: nobody held it, or asked for it meanwhile."""
-    gone = entry.with_name(f"{entry.name}{_GONE}")
+    gone = entry.with_name(f"{entry.name.removesuffix(_GONE)}{_GONE}")
     try:
-        if entry.name.endswith(_GONE):  # of a process that was killed here
-            gone = entry
-        else:
-            with _mark(entry).open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - _size_and_use(entry)[1] < _SECONDS:
-                    return False
+        with _mark(entry).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - _size_and_use(entry)[1] < _SECONDS:
+                return False
+            if entry != gone:
                 shutil.rmtree(gone, ignore_errors=True)
                 entry.rename(gone)  # never a copy that lacks files
     except OSError:  # held, of another user, or on a file system without locks
@@ -163,8 +186,8 @@ def _delete(entry: Path) -> bool:
     return not gone.exists()
 
 
-def _entries(folder: str) -> list[Path]:
-    """What may be deleted of a folder: the marked entries, and what is left of others."""
+def _entries(folder: str, ending: str = "") -> list[Path]:
+    """What may be deleted of a folder: what has a mark."""
     try:
         found = list((cache_directory() / folder).iterdir())
     except OSError:
@@ -172,7 +195,7 @@ def _entries(folder: str) -> list[Path]:
     return [
         path
         for path in found
-        if path.is_dir() and not path.is_symlink() and (_mark(path).exists() or path.name.endswith(_GONE))
+        if path.name.endswith(ending) and path.is_dir() and not path.is_symlink() and _mark(path).exists()
     ]
 
 

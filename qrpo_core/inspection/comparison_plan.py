@@ -167,7 +167,7 @@ def _policies_bytes(
 ) -> float:
     """Bytes of the policies that are still to be trained, which are nearly all that a comparison adds.
 
-    Of each choice, the variant of which the store has most. 0 where the size of the model is not known.
+    Of each choice, the variant that adds least. 0 where the size of the model is not known.
     """
     if (shape := policy_shape(workspace)) is None:
         return 0.0

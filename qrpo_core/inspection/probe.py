@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from qrpo_core.common.local_copies import Hold
 from qrpo_core.common.progress import Progress
 from qrpo_core.config import RewardConfig
 from qrpo_core.inspection.memory import policy_shape
@@ -221,10 +222,11 @@ class _Probe:
         training = training.model_copy(update={"batch_size": batch})
         items = [items[place % len(items)] for place in range(_STEPS * batch)]
         times = [time.monotonic()]
-        with tempfile.TemporaryDirectory(prefix="qrpo-probe-") as scratch:
+        directory = self.reference.directory
+        with Hold(directory), tempfile.TemporaryDirectory(prefix="qrpo-probe-") as scratch:
             train_policy(
                 items,
-                self.reference.directory,
+                directory,
                 Path(scratch) / "policy",
                 objective=experiment.objective,
                 training=training,

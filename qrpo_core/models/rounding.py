@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import StoreError
 from qrpo_core.common.hashing import rounding_seed
-from qrpo_core.common.local_copies import PART, make_room, use
+from qrpo_core.common.local_copies import PART, make_room, mark, use
 from qrpo_core.models.source import WEIGHT_FILES, policy_digest, policy_files
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def engine_directory(directory: Path, dtype: str) -> Path:
         return directory
     kept = cache_directory() / "rounded" / f"{policy_digest(directory)}-bfloat16-{VERSION}"
     try:
-        use(kept)
+        mark(kept)
         if not _is_complete(kept, directory):
             _make(directory, kept)
     except (OSError, SafetensorError) as error:
@@ -109,12 +110,24 @@ def _make(directory: Path, kept: Path) -> None:
         for left in (part, kept):
             if left.exists():
                 shutil.rmtree(left)
-        make_room(sum(path.stat().st_size for path in policy_files(directory)) // 2)  # mostly of float32
+        make_room(_rounded_bytes(directory))
         try:
             write_bfloat16(directory, part)
             part.rename(kept)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _rounded_bytes(directory: Path) -> int:
+    """What the weights take in bfloat16. Reads only the headers of the files."""
+    from safetensors import safe_open
+
+    values = 0
+    for path in policy_files(directory):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                values += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return 2 * values
 
 
 def _is_complete(kept: Path, directory: Path) -> bool:

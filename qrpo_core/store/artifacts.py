@@ -18,7 +18,7 @@ from qrpo_core import __version__
 from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import DamagedError, MissingError, StoreError
 from qrpo_core.common.hashing import canonical_json, digest_bytes, digest_file, digest_json
-from qrpo_core.common.local_copies import make_room, use, written
+from qrpo_core.common.local_copies import make_room, mark, written
 from qrpo_core.store.backends.interface import Objects
 from qrpo_core.store.manifest import FORMAT, MAKE_AGAIN, Manifest, parse_manifest
 from qrpo_core.store.quarantine import quarantine
@@ -218,7 +218,7 @@ class ArtifactStore:
         folder = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
         target = folder / name
         with written(folder):
-            use(folder)
+            mark(folder)
             if target.is_file() and target.stat().st_size == entry["bytes"]:
                 return target
             make_room(entry["bytes"])

@@ -17,7 +17,7 @@ from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import DamagedError, MissingError
 from qrpo_core.common.file_digests import file_digests
 from qrpo_core.common.hashing import digest_json
-from qrpo_core.common.local_copies import PART, Hold, make_room, written
+from qrpo_core.common.local_copies import PART, Hold, make_room, mark, written
 from qrpo_core.store.backends.interface import Objects
 
 #: How the address of a stored file begins.
@@ -71,6 +71,7 @@ def _downloaded(objects: Objects, folder: str, keys: list[str]) -> Path:
     target = cache_directory() / folder
     with written(target):
         if target not in _held:
+            mark(target)
             _held[target] = Hold(target)
         if target.is_dir():
             return target

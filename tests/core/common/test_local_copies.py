@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qrpo_core.common import local_copies
-from qrpo_core.common.cache_directory import cache_directory
 from qrpo_core.common.errors import ConfigError, StoreError
-from qrpo_core.common.local_copies import Hold, limit, make_room, taken, use, written
-from qrpo_core.store import inputs
-from qrpo_core.store.backends.local import LocalObjects
+from qrpo_core.common.local_copies import Hold, limit, make_room, mark, taken, use, written
+from tests.core.common.copies import MEGABYTE, age, cache, copy
 
-MEGABYTE = 10**6
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("QRPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("QRPO_CACHE_GB", "0.003")
-    return tmp_path / "cache"
-
-
-def copy(cache: Path, name: str, *, hours_ago: float, size: int = MEGABYTE) -> Path:
-    """A copy that was last asked for so long ago."""
-    entry = cache / name
-    entry.mkdir(parents=True)
-    (entry / "weights").write_bytes(b"\0" * size)
-    use(entry)
-    age(entry, hours_ago)
-    return entry
-
-
-def age(entry: Path, hours: float) -> None:
-    then = time.time() - 3600 * hours
-    for path in (*entry.rglob("*"), entry, entry.with_name(f"{entry.name.split('.')[0]}.used")):
-        os.utime(path, (then, then))
+__all__ = ["cache"]
 
 
 def test_the_copies_used_longest_ago_go_first_and_only_as_many_as_need_be(cache: Path) -> None:
@@ -130,7 +103,7 @@ def test_what_another_process_holds_stays_until_it_is_killed(cache: Path) -> Non
 
 
 def test_a_copy_in_the_making_stays(cache: Path) -> None:
-    use(cache / "rounded" / "x")
+    mark(cache / "rounded" / "x")
     part = cache / "rounded" / "x.part"
     part.mkdir()
     (part / "weights").write_bytes(b"\0" * 5 * MEGABYTE)
@@ -158,6 +131,7 @@ local_copies._SECONDS = 0
 folder = pathlib.Path({str(cache)!r}) / "artifacts"
 for turn in range(150):
     entry = folder / str(random.randrange(6))
+    local_copies.mark(entry)
     with local_copies.Hold(entry):
         if not (entry / "weights").is_file():
             local_copies.make_room({MEGABYTE})
@@ -189,20 +163,6 @@ def test_a_full_disk_counts_where_that_helps(cache: Path, monkeypatch: pytest.Mo
     assert [entry.exists() for entry in entries] == [False, False, True]
 
 
-def test_a_store_in_the_place_of_the_cache_is_left_alone(cache: Path, tmp_path: Path) -> None:
-    """Both have folders of the same names."""
-    (tmp_path / "prompts").write_text("x" * 4 * MEGABYTE)
-    address = inputs.put(LocalObjects(cache), {"prompts": tmp_path / "prompts"})
-    kept = cache / "artifacts" / "train" / "key" / "manifest.json"
-    kept.parent.mkdir(parents=True)
-    kept.touch()
-    for path in (*cache.rglob("*"), cache):
-        os.utime(path, (0, 0))
-    make_room(10**12)
-    assert kept.exists()
-    assert inputs.fetch(LocalObjects(cache), f"{address}/prompts").exists()
-
-
 def test_what_cannot_be_deleted_is_left_and_does_not_grow(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,64 +172,9 @@ def test_what_cannot_be_deleted_is_left_and_does_not_grow(
         for _ in range(3):
             make_room(0)
     assert sorted(path.name for path in entry.parent.iterdir()) == ["a.gone", "a.used"]
-    age(entry.with_name("a.gone"), 9)
+    use(entry)
     make_room(0)
     assert [path.name for path in entry.parent.iterdir()] == ["a.used"]
-
-
-@pytest.mark.parametrize("name", ["limit", "mark", "lock"])
-def test_a_cache_that_is_not_ours_or_has_no_locks_is_used_and_left(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    entry = copy(cache, "rounded/a", hours_ago=9, size=5 * MEGABYTE)
-
-    def refused(*given: object, **named: object) -> None:
-        raise PermissionError(13, "not yours")
-
-    if name == "limit":
-        entry.with_name("a.used").unlink()  # of a cache before there were marks, or of another program
-    elif name == "mark":
-        monkeypatch.setattr(Path, "open", refused)
-    else:
-        monkeypatch.setattr("fcntl.flock", refused)
-    make_room(0)
-    assert (entry / "weights").is_file()
-    with Hold(entry):
-        use(entry)
-    assert (entry / "weights").is_file()
-
-
-def test_directories_elsewhere_are_left_alone(cache: Path, tmp_path: Path) -> None:
-    make_room(10**12)
-    elsewhere = tmp_path / "model"
-    elsewhere.mkdir()
-    Hold(elsewhere).close()
-    use(elsewhere)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_link_to_a_copy_elsewhere_is_left_alone(cache: Path, tmp_path: Path) -> None:
-    entry = copy(cache, "rounded/a", hours_ago=9, size=5 * MEGABYTE)
-    entry.rename(tmp_path / "elsewhere")
-    entry.symlink_to(tmp_path / "elsewhere")
-    make_room(0)
-    assert (entry / "weights").is_file()
-
-
-def test_a_relative_cache_is_that_of_every_path(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("QRPO_CACHE", "cache")
-    assert cache_directory() == cache
-    entry = copy(cache, "rounded/a", hours_ago=9, size=5 * MEGABYTE)
-    for path in (entry, Path("cache/rounded/a")):
-        with Hold(path):
-            age(entry, 9)
-            make_room(0)
-            assert entry.exists()
-    monkeypatch.setenv("QRPO_CACHE", "~/cache")
-    assert cache_directory() == Path.home() / "cache"
 
 
 def test_sizes_are_taken_while_files_come_and_go(cache: Path) -> None:
@@ -297,7 +202,7 @@ def test_what_cannot_be_written_is_one_line(cache: Path) -> None:
     cache.write_text("no folder")
     named = pytest.raises(StoreError, match=r"cannot write a copy to the cache: .*QRPO_CACHE")
     with named, written(cache / "rounded" / "a"):
-        use(cache / "rounded" / "a")
+        mark(cache / "rounded" / "a")
 
 
 def test_the_limit_is_a_number_of_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
