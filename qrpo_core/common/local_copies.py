@@ -83,14 +83,14 @@ def use(path: Path) -> None:
 
 
 @contextmanager
-def written(entry: Path) -> Iterator[None]:
-    """Raise StoreError where a copy cannot be written, as on a full disk."""
+def written(what: str, place: Path) -> Iterator[None]:
+    """Raise StoreError where something cannot be written to the cache directory, as on a full disk."""
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"cannot write a copy to the cache: {error}",
-            where=str(entry),
+            f"cannot write {what}: {error}",
+            where=str(place),
             remedy="make room there, or set QRPO_CACHE to another folder, and run again",
         ) from error
 
@@ -112,10 +112,12 @@ def make_room(needed: int) -> None:
 
     Those that are held, by any process, and those asked for within the last hour stay, even beyond the limit.
     """
-    for folder in FOLDERS:
-        for entry in _entries(folder, _GONE):  # of a process that was killed while deleting
+    copies = {}
+    for entry in (entry for folder in FOLDERS for entry in _entries(folder)):
+        if entry.name.endswith(_GONE):  # of a process that was killed while deleting
             shutil.rmtree(entry, ignore_errors=True)
-    copies = {entry: _size_and_use(entry) for folder in FOLDERS for entry in _entries(folder)}
+        else:
+            copies[entry] = _size_and_use(entry)
     old = [entry for entry, (_, used) in copies.items() if time.time() - used >= _SECONDS]
     excess = needed + sum(size for size, _ in copies.values()) - limit()
     with contextlib.suppress(FileNotFoundError):  # no copy was ever made
@@ -171,32 +173,27 @@ def _release(file: BinaryIO | None) -> None:
 
 def _delete(entry: Path) -> bool:
     """Whether the entry is gone: nobody held it, or asked for it meanwhile."""
-    gone = entry.with_name(f"{entry.name.removesuffix(_GONE)}{_GONE}")
+    gone = entry.with_name(f"{entry.name}{_GONE}")
     try:
         with _mark(entry).open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - _size_and_use(entry)[1] < _SECONDS:
                 return False
-            if entry != gone:
-                shutil.rmtree(gone, ignore_errors=True)
-                entry.rename(gone)  # never a copy that lacks files
+            shutil.rmtree(gone, ignore_errors=True)
+            entry.rename(gone)  # never a copy that lacks files
     except OSError:  # held, of another user, or on a file system without locks
         return False
     shutil.rmtree(gone, ignore_errors=True)
     return not gone.exists()
 
 
-def _entries(folder: str, ending: str = "") -> list[Path]:
+def _entries(folder: str) -> list[Path]:
     """What may be deleted of a folder: what has a mark."""
     try:
         found = list((cache_directory() / folder).iterdir())
     except OSError:
         return []
-    return [
-        path
-        for path in found
-        if path.name.endswith(ending) and path.is_dir() and not path.is_symlink() and _mark(path).exists()
-    ]
+    return [path for path in found if path.is_dir() and not path.is_symlink() and _mark(path).exists()]
 
 
 def _size_and_use(entry: Path) -> tuple[int, float]:

@@ -217,7 +217,7 @@ class ArtifactStore:
         key, entry = manifest.path(name), manifest.files[name]
         folder = cache_directory() / "artifacts" / f"{manifest.key}-{manifest.folder}"
         target = folder / name
-        with written(folder):
+        with written("a copy to the cache", folder):
             mark(folder)
             if target.is_file() and target.stat().st_size == entry["bytes"]:
                 return target

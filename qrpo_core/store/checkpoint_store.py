@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qrpo_core.common.errors import DamagedError, MissingError, StoreError
+from qrpo_core.common.errors import DamagedError, MissingError
 from qrpo_core.common.hashing import canonical_json, digest_file
+from qrpo_core.common.local_copies import written
 from qrpo_core.config import StoreConfig
 from qrpo_core.store.backends.interface import Objects
 from qrpo_core.store.backends.opening import open_objects
@@ -117,17 +118,11 @@ class CheckpointStore:
         names = {**stored.files, MARKER: None}
         for name, entry in names.items():
             path, key = target / name, f"{stored.folder}/{name}"
-            try:
+            with written("the checkpoint", target):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.objects.download(key, path)
                 if entry is not None and (path.stat().st_size, digest_file(path)) != entry:
                     raise DamagedError("content and digest differ", where=f"{self.objects.url}/{key}")
-            except OSError as error:
-                raise StoreError(
-                    f"cannot write the checkpoint: {error}",
-                    where=str(target),
-                    remedy="make room there, or set QRPO_CACHE to another folder, and run again",
-                ) from error
 
     def discard(self, stored: StoredCheckpoint) -> None:
         """Take a damaged checkpoint's marker away; its files go with those of the older ones."""

@@ -69,7 +69,7 @@ def fetch(objects: Objects, address: str) -> Path:
 def _downloaded(objects: Objects, folder: str, keys: list[str]) -> Path:
     """The folder's copy in the cache. It appears by a rename after its check: always complete."""
     target = cache_directory() / folder
-    with written(target):
+    with written("a copy to the cache", target):
         if target not in _held:
             mark(target)
             _held[target] = Hold(target)

@@ -201,7 +201,7 @@ def test_sizes_are_taken_while_files_come_and_go(cache: Path) -> None:
 def test_what_cannot_be_written_is_one_line(cache: Path) -> None:
     cache.write_text("no folder")
     named = pytest.raises(StoreError, match=r"cannot write a copy to the cache: .*QRPO_CACHE")
-    with named, written(cache / "rounded" / "a"):
+    with named, written("a copy to the cache", cache / "rounded" / "a"):
         mark(cache / "rounded" / "a")
 
 

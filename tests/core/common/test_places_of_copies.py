@@ -33,7 +33,7 @@ def test_a_store_in_the_place_of_the_cache_is_left_alone(cache: Path, tmp_path: 
     assert inputs.fetch(LocalObjects(cache), f"{address}/prompts").exists()
 
 
-@pytest.mark.parametrize("name", ["limit", "mark", "lock"])
+@pytest.mark.parametrize("name", ["no mark", "mark", "lock"])
 def test_a_cache_that_is_not_ours_or_has_no_locks_is_used_and_left(
     cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -42,7 +42,7 @@ def test_a_cache_that_is_not_ours_or_has_no_locks_is_used_and_left(
     def refused(*given: object, **named: object) -> None:
         raise PermissionError(13, "not yours")
 
-    if name == "limit":
+    if name == "no mark":
         entry.with_name("a.used").unlink()  # of a cache before there were marks, or of another program
     elif name == "mark":
         monkeypatch.setattr(Path, "open", refused)
